@@ -1,0 +1,49 @@
+"""Evaluation records: one row per (split, sample, alpha, attack), and every number drawn from them.
+
+The rows are the measurement; accuracies, intervals, paired gains and the verdict are only ways to
+read them, so each can be recomputed from the file alone. A flat table makes a long run easy to
+write piece by piece: tables of several batches are concatenated, nothing else.
+
+Terms: *clean* is the accuracy without attack; *apparent* what is left after the attacks that
+follow the exact gradient (kind ``"gradient"``); *worst* what is left after every attack. The
+operator's gradient is zero inside its band, so *apparent* can be far above *worst*; the gap is
+called *masking*. A *gain* is worst-case accuracy minus that of the base (alpha = 0) **on the same
+samples under the same attacks**.
+"""
+
+from lightning_meansparse.records.intervals import Paired, Proportion
+from lightning_meansparse.records.summary import (
+    AlphaSummary,
+    choose_alpha,
+    splits,
+    summarize,
+    verdict,
+)
+from lightning_meansparse.records.table import (
+    FORMAT_VERSION,
+    HELD_OUT,
+    SCHEMA,
+    TEST,
+    environment,
+    read_records,
+    rows,
+    write_records,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HELD_OUT",
+    "SCHEMA",
+    "TEST",
+    "AlphaSummary",
+    "Paired",
+    "Proportion",
+    "choose_alpha",
+    "environment",
+    "read_records",
+    "rows",
+    "splits",
+    "summarize",
+    "verdict",
+    "write_records",
+]

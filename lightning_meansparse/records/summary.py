@@ -1,0 +1,268 @@
+"""Records in, numbers and words out: summaries per alpha, the choice of alpha, the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lightning_meansparse.records.intervals import Paired, Proportion
+
+# Two passes over one image differ by float noise; two different images by far more.
+_MARGIN_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class AlphaSummary:
+    """What one alpha did on one split.
+
+    Attributes:
+        split: name of the split.
+        alpha: threshold in standard deviations; 0 is the base model.
+        n: number of samples.
+        clean: accuracy without attack.
+        robust: accuracy left after each attack and all before it, in the order of the attacks.
+        apparent: accuracy left after the last attack of kind ``"gradient"``; None if none ran.
+        worst: accuracy left after all attacks.
+        gain: ``worst`` minus the base model's, on the same samples, under the same attacks.
+        masking: ``apparent - worst``, a fraction; None where ``apparent`` is.
+        forwards: forward passes spent by all attacks, counted per sample.
+        backwards: backward passes, likewise.
+    """
+
+    split: str
+    alpha: float
+    n: int
+    clean: Proportion
+    robust: dict[str, Proportion]
+    apparent: Proportion | None
+    worst: Proportion
+    gain: Paired
+    masking: float | None
+    forwards: int
+    backwards: int
+
+    @property
+    def base(self) -> Proportion:
+        """The base model's worst-case accuracy on the same samples."""
+        return Proportion(self.worst.k - self.gain.gained + self.gain.lost, self.n)
+
+
+def splits(table: pa.Table) -> tuple[str, ...]:
+    """Names of the splits in a records table, sorted."""
+    return tuple(sorted(pc.unique(table.column("split")).to_pylist()))
+
+
+def summarize(table: pa.Table, *, split: str) -> list[AlphaSummary]:
+    """Summarizes one split of a records table, alpha by alpha.
+
+    A sample that occurs twice (a distributed sampler pads its last batch) counts once: it stands
+    only where every copy stands, and the dearer copy gives the cost.
+
+    Args:
+        table: records with the columns of `SCHEMA`.
+        split: which split; the names are in ``splits(table)``.
+
+    Returns:
+        One summary per alpha, ascending; the first is the base model.
+
+    Raises:
+        ValueError: the split or the base rows are missing, an alpha ran on other samples or under
+            other attacks than the base, a sample lacks an attack, stands up again after it fell,
+            or one index names two different images.
+    """
+    if split not in splits(table):
+        raise ValueError(
+            f"split must be one of {list(splits(table))}, the splits in these records. "
+            f"Got {split!r}."
+        )
+    table = table.filter(pc.equal(table.column("split"), split))
+    alphas = sorted(pc.unique(table.column("alpha")).to_pylist())
+    if alphas[0] != 0.0:
+        raise ValueError(
+            f"table must hold the base model's rows (alpha = 0) of split {split!r}: a gain is "
+            f"measured against them. Got alphas {alphas}; add 0 to the sweep's alphas."
+        )
+    column = table.column("alpha")
+    runs = [_Run.from_rows(table.filter(pc.equal(column, alpha)), split, alpha) for alpha in alphas]
+    return [run.summary(base=runs[0]) for run in runs]
+
+
+def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
+    """Chooses the alpha with the largest worst-case gain over the base.
+
+    To stay honest, give it summaries of held-out data and report on the test split.
+
+    Args:
+        summaries: summaries of one split.
+
+    Returns:
+        The best alpha; of equals the smallest; 0.0 unless some alpha beats the base.
+
+    Raises:
+        ValueError: there are no summaries, or they are of several splits.
+    """
+    if not summaries:
+        raise ValueError("summaries must hold at least one summary. Got none.")
+    if len({summary.split for summary in summaries}) > 1:
+        raise ValueError(
+            "summaries must come from one split, the one that chooses. "
+            f"Got {sorted({summary.split for summary in summaries})}."
+        )
+
+    def rank(summary: AlphaSummary) -> tuple[Fraction, float]:
+        gain = summary.gain
+        return Fraction(gain.gained - gain.lost, gain.n), -summary.alpha
+
+    best = max(summaries, key=rank)
+    return best.alpha if rank(best)[0] > 0 else 0.0
+
+
+def verdict(summary: AlphaSummary) -> str:
+    """Says in one plain sentence whether this alpha makes the model more robust.
+
+    "Real gain" and "Harm" need an exact McNemar p below 0.05; everything else is "No measurable
+    gain", with the number of images that could have measured the difference seen.
+
+    Args:
+        summary: one alpha's summary, best of the test split.
+
+    Returns:
+        The sentence, with n, the 95 % interval and p.
+    """
+    images = f"{summary.split} images (n = {summary.n:,})"
+    if not summary.robust:
+        return f"Nothing measured: no attack was run on the {images}."
+    worst, gain = summary.worst, summary.gain
+    if summary.alpha == 0:
+        return (
+            f"No gain: alpha = 0 leaves the base model as it is; {worst.value:.1%} of the {images} "
+            f"withstand every attack, 95% interval {worst.low:.1%} to {worst.high:.1%}."
+        )
+    measured = (
+        f"at alpha = {summary.alpha:g}, {worst.value:.1%} of the {images} withstand every attack, "
+        f"against {summary.base.value:.1%} for the base model under the same attacks "
+        f"({100 * gain.value:+.1f} points, 95% interval {100 * gain.low:+.1f} to "
+        f"{100 * gain.high:+.1f}, p = {_p(gain.p)})"
+    )
+    if gain.p < 0.05:
+        return f"{'Real gain' if gain.value > 0 else 'Harm'}: {measured}."
+    needed = gain.needed()
+    if needed is None:
+        return f"No measurable gain: {measured}."
+    step = 10 ** max(0, len(str(needed)) - 2)
+    return (
+        f"No measurable gain: {measured}; telling a difference this small from none would need "
+        f"about {math.ceil(needed / step) * step:,} images (80% power, two-sided 5%)."
+    )
+
+
+def _p(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One alpha on one split as arrays, checked and free of duplicates.
+
+    Attributes:
+        names: ``"clean"`` and the attacks, in order; kinds likewise.
+        indices: sample indices, ascending, (N,).
+        standing: cumulative flags, (N, A + 1).
+        cost: forward and backward passes of all samples.
+    """
+
+    split: str
+    alpha: float
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    indices: np.ndarray
+    standing: np.ndarray
+    cost: tuple[int, int]
+
+    @classmethod
+    def from_rows(cls, table: pa.Table, split: str, alpha: float) -> _Run:
+        """Raises ValueError, naming the sample or attack, when rows contradict each other."""
+        where = f"alpha = {alpha:g} of split {split!r}"
+        column = {name: table.column(name).to_numpy() for name in table.column_names}
+        steps = sorted(set(zip(column["order"], column["attack"], column["kind"], strict=True)))
+        orders, names, kinds = zip(*steps, strict=True)
+        if len(set(orders)) < len(steps) or len(set(names)) < len(steps) or names[0] != "clean":
+            raise ValueError(
+                f"table must hold one order of attacks, 'clean' first, for {where}. "
+                f"Got {[(int(order), name) for order, name, _ in steps]}."
+            )
+        indices, row = np.unique(column["index"], return_inverse=True)
+        shape, cell = (len(indices), len(steps)), (row, np.searchsorted(orders, column["order"]))
+        seen = np.zeros(shape, dtype=bool)
+        seen[cell] = True
+        if not seen.all():
+            sample, attack = np.argwhere(~seen)[0]
+            raise ValueError(
+                f"table must hold every attack for every sample of {where}. Sample "
+                f"{indices[sample]} lacks {names[attack]!r}; run the sweep again to complete it."
+            )
+        for name, tolerance in (("label", 0.0), ("margin", _MARGIN_TOLERANCE)):
+            values = column[name].astype(np.float64)
+            first = np.empty(len(indices))
+            first[row] = values
+            same = np.isclose(values, first[row], rtol=tolerance, atol=tolerance, equal_nan=True)
+            if not same.all():
+                raise ValueError(
+                    f"table must name each image by one index. In {where}, index "
+                    f"{column['index'][~same][0]} has two values of {name!r}; number the samples "
+                    "over the whole split, not per batch."
+                )
+        standing = np.ones(shape, dtype=bool)
+        np.logical_and.at(standing, cell, column["standing"])
+        risen = np.argwhere(standing[:, 1:] & ~standing[:, :-1])
+        if len(risen):
+            raise ValueError(
+                f"standing must be cumulative: in {where}, sample {indices[risen[0, 0]]} fell "
+                f"before {names[risen[0, 1] + 1]!r} and stands after it."
+            )
+        cost = []
+        for name in ("forwards", "backwards"):
+            spent = np.zeros(shape, dtype=np.int64)
+            np.maximum.at(spent, cell, column[name])
+            cost.append(int(spent.sum()))
+        return cls(split, alpha, names, kinds, indices, standing, (cost[0], cost[1]))
+
+    def summary(self, *, base: _Run) -> AlphaSummary:
+        """Compares with the base run; raises ValueError unless it is comparable."""
+        where = f"alpha = {self.alpha:g} of split {self.split!r}"
+        if self.names != base.names:
+            raise ValueError(
+                f"{where} must be attacked as the base model was, by {list(base.names[1:])}. "
+                f"Got {list(self.names[1:])}."
+            )
+        unpaired = np.setdiff1d(self.indices, base.indices)
+        if len(unpaired):
+            raise ValueError(
+                f"table must hold the base model's rows (alpha = 0) for every sample of {where}. "
+                f"{len(unpaired)} are missing, the first is index {unpaired[0]}."
+            )
+        n = len(self.indices)
+        left = [Proportion(int(flags.sum()), n) for flags in self.standing.T]
+        exact = [place for place, kind in enumerate(self.kinds) if kind == "gradient"]
+        apparent = left[exact[-1]] if exact else None
+        mine = self.standing[:, -1]
+        others = base.standing[np.searchsorted(base.indices, self.indices), -1]
+        return AlphaSummary(
+            split=self.split,
+            alpha=self.alpha,
+            n=n,
+            clean=left[0],
+            robust=dict(zip(self.names[1:], left[1:], strict=True)),
+            apparent=apparent,
+            worst=left[-1],
+            gain=Paired(int((mine & ~others).sum()), int((others & ~mine).sum()), n),
+            masking=None if apparent is None else (apparent.k - left[-1].k) / n,
+            forwards=self.cost[0],
+            backwards=self.cost[1],
+        )

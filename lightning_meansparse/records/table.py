@@ -1,0 +1,256 @@
+"""The records table: made from an evaluation, written atomically, read back strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata as distributions
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FORMAT_VERSION = 1
+"""Version of the file layout; it moves alone, and readers keep every older one."""
+
+HELD_OUT = "held-out"
+"""Split name of the samples that choose alpha."""
+
+TEST = "test"
+"""Split name of the samples that are reported and never choose anything."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("alpha", pa.float64(), nullable=False),
+        pa.field("attack", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("order", pa.int64(), nullable=False),
+        pa.field("standing", pa.bool_(), nullable=False),
+        pa.field("attacked", pa.bool_(), nullable=False),
+        pa.field("margin", pa.float32(), nullable=False),
+        pa.field("forwards", pa.int64(), nullable=False),
+        pa.field("backwards", pa.int64(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+    ]
+)
+"""Columns of a records table. ``standing`` is cumulative; ``margin`` is the clean logit margin."""
+
+_KEY = b"meansparse"
+_PACKAGES = ("lightning_meansparse", "torch", "lightning", "timm", "transformers", "torchattacks")
+
+
+def rows(
+    evaluation: Any, *, alpha: float, split: str, kinds: Sequence[str] | None = None
+) -> pa.Table:
+    """Turns one batch's evaluation into a records table.
+
+    The first attack of every sample is ``"clean"`` (order 0, kind ``"clean"``, no evaluations).
+
+    Args:
+        evaluation: an `Evaluation`: ``attacks``, ``labels``, ``indices``, ``clean``, ``standing``,
+            ``attacked``, ``margin``, ``forwards``, ``backwards``, ``seed`` for N samples and A
+            attacks, as tensors or arrays.
+        alpha: threshold in standard deviations; 0 for the base model.
+        split: name of the split, `HELD_OUT` or `TEST`.
+        kinds: kind of each attack; ``evaluation.kinds`` when None.
+
+    Returns:
+        A table of ``N * (A + 1)`` rows with the columns of `SCHEMA`, sample by sample.
+
+    Raises:
+        ValueError: shapes, names, alpha or kinds do not fit together.
+    """
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a finite number >= 0 (0 = base model). Got {alpha}.")
+    if not split:
+        raise ValueError(f"split must be a name such as {HELD_OUT!r} or {TEST!r}. Got ''.")
+    attacks = tuple(evaluation.attacks)
+    if len({"clean", *attacks}) != len(attacks) + 1:
+        raise ValueError(
+            f"evaluation.attacks must be distinct names other than 'clean'. Got {attacks}."
+        )
+    kinds = tuple(evaluation.kinds if kinds is None else kinds)
+    if len(kinds) != len(attacks):
+        raise ValueError(f"kinds must name one kind for each of {attacks}. Got {kinds}.")
+    indices = _array(evaluation, "indices", None)
+    n, width = len(indices), len(attacks) + 1
+
+    def per_sample(name: str) -> np.ndarray:
+        return np.repeat(_array(evaluation, name, (n,)), width)
+
+    def per_attack(name: str, clean: np.ndarray) -> np.ndarray:
+        rest = _array(evaluation, name, (n, width - 1))
+        return np.concatenate([clean[:, None], rest], axis=1).reshape(-1)
+
+    nothing = np.zeros(n, dtype=np.int64)
+    columns = {
+        "split": [split] * (n * width),
+        "index": np.repeat(indices, width),
+        "label": per_sample("labels"),
+        "alpha": np.full(n * width, abs(float(alpha))),
+        "attack": ["clean", *attacks] * n,
+        "kind": ["clean", *kinds] * n,
+        "order": np.tile(np.arange(width), n),
+        "standing": per_attack("standing", _array(evaluation, "clean", (n,))),
+        "attacked": per_attack("attacked", nothing.astype(bool)),
+        "margin": per_sample("margin").astype(np.float32),
+        "forwards": per_attack("forwards", nothing),
+        "backwards": per_attack("backwards", nothing),
+        "seed": np.full(n * width, int(evaluation.seed)),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _array(evaluation: Any, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    value = getattr(evaluation, name)
+    array = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+    if array.shape != (shape or (array.size,)):
+        raise ValueError(
+            f"evaluation.{name} must have the shape {shape or '(N,)'}. Got {array.shape}."
+        )
+    return array
+
+
+def write_records(
+    tables: pa.Table | Iterable[pa.Table],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Writes records as one Parquet file, atomically: a crash leaves the old file as it was.
+
+    Rows are sorted by split, alpha, index and order, so that the file does not depend on how
+    batches or ranks were scheduled.
+
+    Args:
+        tables: one table or several, with the columns of `SCHEMA`.
+        path: the file to write; its folder is made if need be.
+        metadata: how the rows were measured, JSON values with string keys (tuples become lists).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a table has other columns or missing values, or the metadata hold NaN.
+        TypeError: the metadata hold something JSON cannot.
+    """
+    parts = [tables] if isinstance(tables, pa.Table) else list(tables)
+    for part in parts:
+        _check_columns(part, "tables")
+    path = Path(path)
+    if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(
+            f"metadata must not set 'format_version' to anything but {FORMAT_VERSION}. "
+            f"Got {metadata['format_version']!r}."
+        )
+    text = json.dumps(
+        {**metadata, "format_version": FORMAT_VERSION}, sort_keys=True, allow_nan=False
+    )
+    table = pa.concat_tables([part.select(SCHEMA.names).cast(SCHEMA) for part in parts])
+    table = table.sort_by([(name, "ascending") for name in ("split", "alpha", "index", "order")])
+    table = table.replace_schema_metadata({_KEY: text.encode()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Reads what `write_records` wrote.
+
+    Returns:
+        The table, with the columns of `SCHEMA`, and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, not ours, or from a newer version of this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path must be a records file written by a sweep (records.parquet). "
+            f"There is none at '{path}'; run `meansparse sweep` first or name another folder."
+        )
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"'{path}' is not a readable Parquet file ({error}); it is damaged or something else. "
+            "Run the sweep again."
+        ) from error
+    metadata = _metadata(table, path)
+    version = metadata.pop("format_version", None)
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"'{path}' must name a format_version >= 1 in its metadata. Got {version!r}."
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format_version {version}; this version of lightning_meansparse reads up "
+            f"to {FORMAT_VERSION}. Upgrade with `pip install -U lightning_meansparse`."
+        )
+    _check_columns(table, f"'{path}'")
+    return table.select(SCHEMA.names).cast(SCHEMA), metadata
+
+
+def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((table.schema.metadata or {})[_KEY])
+    except KeyError:
+        raise ValueError(
+            f"'{path}' is Parquet, but not a records file: its metadata lack {_KEY.decode()!r}. "
+            "Give the records.parquet that a sweep wrote."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' holds damaged metadata ({error}); run the sweep again."
+        ) from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"'{path}' must hold a JSON object as metadata. Got {metadata!r:.80}.")
+    return metadata
+
+
+def _check_columns(table: pa.Table, name: str) -> None:
+    wrong = [
+        field.name
+        for field in SCHEMA
+        if field.name not in table.column_names
+        or table.schema.field(field.name).type != field.type
+        or table.column(field.name).null_count
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name} must have the records columns without missing values; wrong or missing: "
+            f"{', '.join(wrong)}. Got {', '.join(table.column_names)}."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the metadata of a records file.
+
+    Returns:
+        ``{"versions": {package: version}, "hardware": {"machine", "cores", "gpu"}}``; packages that
+        are not installed are left out.
+    """
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = distributions.version(name)
+        except distributions.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "gpu": gpus}
+    return {"versions": versions, "hardware": hardware}
