@@ -1,14 +1,16 @@
-"""The MeanSparse operator: one formula, three backward rules, and the module that holds its numbers.
+"""The MeanSparse operator: one formula, three backward rules, one module that holds its numbers.
 
-For every channel with mean μ and standard deviation σ, values closer to the centre than α·σ are replaced by it [1, Eq. 9]::
+For every channel with mean μ and standard deviation σ, values closer to the centre than α·σ are
+replaced by it [1]::
 
     y = where(|x − μ| < α·σ, μ, x)
 
-The forward pass is always this, bit for bit. What differs is the gradient that flows back through it, and only an attacker
-cares: inside the band the true derivative is zero, so the operator hides the loss surface behind it from a gradient attack.
+The forward pass is always this, bit for bit. What differs is the gradient that flows back through
+it, and only an attacker cares: inside the band the true derivative is zero, so the operator hides
+the loss surface behind it from a gradient attack.
 
-[1] Amini et al., MeanSparse: Post-Training Robustness Enhancement Through Mean-Centered Feature Sparsification,
-    arXiv 2406.05927, Sec. II-C.
+[1] Amini et al., MeanSparse: Post-Training Robustness Enhancement Through Mean-Centered Feature
+    Sparsification, arXiv 2406.05927, Sec. II-C.
 """
 
 from __future__ import annotations
@@ -35,31 +37,36 @@ def mean_sparse(
 ) -> Tensor:
     """Replace values within ``alpha`` standard deviations of the mean by the mean.
 
-    The comparison is strict, so ``alpha = 0`` and channels with zero variance return ``x`` bit for bit. NaN and ±inf are
-    never closer than a finite band and pass through. Comparison is done in the wider of the two dtypes, as in the authors'
-    code (``CIFAR10_L2/utils_sparse.py``, class ``MeanSparse``); the result keeps the dtype of ``x``.
+    The comparison is strict, so ``alpha = 0`` and channels with zero variance return ``x`` bit for
+    bit. NaN and ±inf are never closer than a finite band and pass through. Comparison is done in
+    the wider of the two dtypes, as in the authors' code (``CIFAR10_L2/utils_sparse.py``, class
+    ``MeanSparse``); the result keeps the dtype of ``x``.
 
     Backward rules, with ``d = x − mean`` and the half-width of the band ``c = alpha · sqrt(var)``:
 
     * ``"exact"``: the derivative of the forward, 0 inside the band and 1 outside.
     * ``"identity"``: 1 everywhere (BPDA, Athalye et al., arXiv 1802.00420).
-    * ``"smooth"``: the derivative of ``mean + d · sigmoid((|d| − c) / T)`` with ``T = temperature · c``: it tells an attacker
-      which values are about to leave or to enter the band.
+    * ``"smooth"``: the derivative of ``mean + d · sigmoid((|d| − c) / T)`` with ``T = temperature ·
+      c``: it tells an attacker which values are about to leave or to enter the band.
 
     Args:
         x: Floating-point tensor of any shape.
-        mean: Centre of the band, broadcastable to ``x`` without enlarging it, e.g. ``(C, 1, 1)`` for NCHW.
+        mean: Centre of the band, broadcastable to ``x`` without enlarging it, e.g. ``(C, 1, 1)``
+            for NCHW.
         var: Variance, the square of σ; the same shape as ``mean`` or broadcastable to ``x``.
-        alpha: Half-width of the band in standard deviations, at least 0; a float or a tensor broadcastable to ``x``.
+        alpha: Half-width of the band in standard deviations, at least 0; a float or a tensor
+            broadcastable to ``x``.
         backward: Which gradient flows back through the operator.
-        temperature: Softness of the ``"smooth"`` gate as a fraction of the half-width of the band, above 0.
+        temperature: Softness of the ``"smooth"`` gate as a fraction of the half-width of the band,
+            above 0.
 
     Returns:
         A tensor with the shape and dtype of ``x``.
 
     Raises:
         TypeError: If ``x`` is not floating point.
-        ValueError: If a shape would enlarge ``x``, or ``alpha``, ``backward`` or ``temperature`` is out of range.
+        ValueError: If a shape would enlarge ``x``, or ``alpha``, ``backward`` or ``temperature`` is
+            out of range.
 
     Example:
         >>> x = torch.tensor([[-2.0, -0.1, 0.1, 2.0]])
@@ -67,11 +74,14 @@ def mean_sparse(
         tensor([[-2.,  0.,  0.,  2.]])
     """
     if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}. Convert it first, e.g. x.float().")
+        raise TypeError(
+            f"x must be a floating-point tensor, got {x.dtype}. Convert it first, e.g. x.float()."
+        )
     for name, value in (("mean", mean), ("var", var), ("alpha", alpha)):
         if isinstance(value, Tensor) and not _fits(value.shape, x.shape):
             raise ValueError(
-                f"{name} must broadcast to x without enlarging it: {name} has shape {tuple(value.shape)}, x {tuple(x.shape)}. "
+                f"{name} must broadcast to x without enlarging it: {name} has shape "
+                f"{tuple(value.shape)}, x {tuple(x.shape)}. "
                 "For channels on axis 1 of an NCHW tensor use shape (C, 1, 1)."
             )
     if not isinstance(alpha, Tensor):
@@ -80,28 +90,34 @@ def mean_sparse(
     threshold = alpha * var.sqrt()
     if backward == "exact":
         return _forward(x, mean, threshold)
-    result: Tensor = _Surrogate.apply(x, mean, threshold, None if backward == "identity" else temperature)
+    result: Tensor = _Surrogate.apply(
+        x, mean, threshold, None if backward == "identity" else temperature
+    )
     return result
 
 
 class MeanSparse(nn.Module):
     """The operator with its numbers: per-channel statistics and α.
 
-    The tensors are **non-persistent buffers**: they follow the model to a device, and stay out of its ``state_dict``, so any
-    checkpoint of the base model loads with operators in place. They are float32 at least, also after ``model.half()``: a
-    variance overflows half precision at 65,504. ``alpha`` is a 0-d tensor, so changing it neither synchronises with the host
-    nor recompiles a compiled model.
+    The tensors are **non-persistent buffers**: they follow the model to a device, and stay out of
+    its ``state_dict``, so any checkpoint of the base model loads with operators in place. They are
+    float32 at least, also after ``model.half()``: a variance overflows half precision at 65,504.
+    ``alpha`` is a 0-d tensor, so changing it neither synchronises with the host nor recompiles a
+    compiled model.
 
     Args:
-        mean: Per-channel mean, broadcastable to the input, e.g. ``(C, 1, 1)`` for NCHW or ``(C,)`` for channels last.
-        var: Per-channel variance, of the same shape, finite and not negative. All zeros is the identity (not calibrated yet).
+        mean: Per-channel mean, broadcastable to the input, e.g. ``(C, 1, 1)`` for NCHW or ``(C,)``
+            for channels last.
+        var: Per-channel variance, of the same shape, finite and not negative. All zeros is the
+            identity (not calibrated yet).
         alpha: Half-width of the band in standard deviations.
-        center: What values inside the band become, and what the distance is measured from: ``"channel"`` the channel's mean
-            (the method), ``"global"`` one mean over all channels, ``"zero"`` zero (the two ablations of the paper).
-            σ stays per channel.
+        center: What values inside the band become, and what the distance is measured from:
+            ``"channel"`` the channel's mean (the method), ``"global"`` one mean over all channels,
+            ``"zero"`` zero (the two ablations of the paper). σ stays per channel.
 
     Raises:
-        ValueError: If ``mean`` and ``var`` differ in shape, ``alpha`` is negative or not finite, or ``center`` is unknown.
+        ValueError: If ``mean`` and ``var`` differ in shape, ``alpha`` is negative or not finite, or
+            ``center`` is unknown.
 
     Example:
         >>> operator = MeanSparse(torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 0.2)
@@ -115,13 +131,21 @@ class MeanSparse(nn.Module):
     backward: Backward
     temperature: float
 
-    def __init__(self, mean: Tensor, var: Tensor, alpha: float = 0.0, *, center: Center = "channel") -> None:
+    def __init__(
+        self, mean: Tensor, var: Tensor, alpha: float = 0.0, *, center: Center = "channel"
+    ) -> None:
         super().__init__()
         if mean.shape != var.shape:
-            raise ValueError(f"mean and var must have one shape, got {tuple(mean.shape)} and {tuple(var.shape)}.")
+            raise ValueError(
+                f"mean and var must have one shape, got {tuple(mean.shape)} and {tuple(var.shape)}."
+            )
         check_alpha(alpha)
         check_center(center)
-        for name, value in (("mean", mean), ("var", var), ("alpha", torch.tensor(float(alpha), device=mean.device))):
+        for name, value in (
+            ("mean", mean),
+            ("var", var),
+            ("alpha", torch.tensor(float(alpha), device=mean.device)),
+        ):
             wide = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
             self.register_buffer(name, wide, persistent=False)
         self.center: Center = center
@@ -135,7 +159,9 @@ class MeanSparse(nn.Module):
             mean = mean.mean().expand_as(mean)
         elif self.center == "zero":
             mean = torch.zeros_like(mean)
-        return mean_sparse(x, mean, self.var, self.alpha, backward=self.backward, temperature=self.temperature)
+        return mean_sparse(
+            x, mean, self.var, self.alpha, backward=self.backward, temperature=self.temperature
+        )
 
     def extra_repr(self) -> str:
         """Shape, α and centre, for ``print(model)``."""
@@ -145,18 +171,28 @@ class MeanSparse(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MeanSparse:
         """Follow the model to another device or dtype, but never below float32."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and not old.is_meta:
-                self._buffers[name] = old.to(new.device, torch.promote_types(new.dtype, torch.float32))
+                self._buffers[name] = old.to(
+                    new.device, torch.promote_types(new.dtype, torch.float32)
+                )
         return self
 
 
-def check_alpha(alpha: float) -> None:
-    """Raise a ``ValueError`` unless ``alpha`` is a finite number of standard deviations, at least 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"alpha must be a finite number >= 0 (in standard deviations), got {alpha!r}. 0 switches it off.")
+def check_alpha(alpha: object) -> None:
+    """Raise a ``ValueError`` unless ``alpha`` is a finite number, at least 0."""
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, (int, float))
+        or not math.isfinite(alpha)
+        or alpha < 0
+    ):
+        raise ValueError(
+            f"alpha must be a finite number >= 0 (in standard deviations), got {alpha!r}. "
+            "0 switches the operator off."
+        )
 
 
 def check_center(center: str) -> None:
@@ -166,15 +202,19 @@ def check_center(center: str) -> None:
 
 
 def check_backward(rule: str, temperature: float) -> None:
-    """Raise a ``ValueError`` unless ``rule`` is a backward rule and ``temperature`` a positive number."""
+    """Raise a ``ValueError`` unless ``rule`` is known and ``temperature`` positive."""
     if rule not in get_args(Backward):
         raise ValueError(f"the backward rule must be one of {get_args(Backward)}, got {rule!r}.")
     if not temperature > 0:
-        raise ValueError(f"temperature must be > 0 (a fraction of the band's half-width), got {temperature!r}.")
+        raise ValueError(
+            f"temperature must be > 0 (a fraction of the band's half-width), got {temperature!r}."
+        )
 
 
 def _fits(inner: torch.Size, outer: torch.Size) -> bool:
-    return len(inner) <= len(outer) and all(i in (1, o) for i, o in zip(reversed(inner), reversed(outer), strict=False))
+    return len(inner) <= len(outer) and all(
+        i in (1, o) for i, o in zip(reversed(inner), reversed(outer), strict=False)
+    )
 
 
 def _forward(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
@@ -182,7 +222,7 @@ def _forward(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
 
 
 class _Surrogate(torch.autograd.Function):
-    """The exact forward with a gradient of our choice: identity (``temperature is None``) or the smooth gate's."""
+    """The exact forward; the gradient of the identity (``temperature is None``) or the gate."""
 
     generate_vmap_rule = True
 
@@ -191,20 +231,24 @@ class _Surrogate(torch.autograd.Function):
         return _forward(x, mean, threshold)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float | None], output: Tensor) -> None:  # noqa: ANN401
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float | None], output: Tensor
+    ) -> None:
         x, mean, threshold, ctx.temperature = inputs
         if ctx.temperature is not None:
             ctx.save_for_backward(x, mean, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.temperature is None:
             return grad, None, None, None
         x, mean, threshold = ctx.saved_tensors
         distance = (x - mean).abs()
-        # Where the band is empty the gate is open; any positive scale keeps the arithmetic finite there.
+        # Where the band is empty the gate is open; any positive scale keeps the arithmetic finite
+        # there.
         scale = torch.where(threshold > 0, ctx.temperature * threshold, 1)
         gate = torch.sigmoid((distance - threshold) / scale)
-        slope = gate + distance / scale * gate * (1 - gate)
-        slope = torch.where((threshold > 0) & distance.isfinite(), slope, 1)
+        # Far outside, the ratio overflows where 1 − gate is 0: clamped, the product is 0.
+        ratio = (distance / scale).clamp(max=torch.finfo(distance.dtype).max)
+        slope = torch.where(threshold > 0, gate + ratio * gate * (1 - gate), 1)
         return (grad * slope).to(grad.dtype), None, None, None

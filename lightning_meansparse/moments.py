@@ -1,8 +1,8 @@
-"""Mean and variance of every channel over a whole data set, exact and independent of how it was split.
+"""Mean and variance of every channel over a whole data set, however it was split.
 
-Moments are kept as (count, mean, M2) in float64 and merged by the rule of Chan, Golub and LeVeque (1979, Eq. 2.1), so batches
-of any size, in any order, on any number of ranks, give the variance of the pooled data. Sums of squares would lose all
-digits where the mean is large against σ.
+Moments are kept as (count, mean, M2) in float64 and merged by the rule of Chan, Golub and LeVeque
+(1979, Eq. 2.1), so batches of any size, in any order, on any number of ranks, give the variance of
+the pooled data. Sums of squares would lose all digits where the mean is large against σ.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ class ChannelMoments:
     """Running count, mean and variance per channel.
 
     Args:
-        shape: Shape of the statistics, broadcastable to the data: ``(C, 1, 1)`` for NCHW, ``(C,)`` for channels last. Every
-            axis of the data that is missing or 1 here is averaged over.
-        statistics: ``"pooled"``: mean and (population) variance of all values. ``"official"``: the authors' rule, the
-            equal-weight average over batches of batch means and of unbiased batch variances (``utils_sparse.py``); it depends
-            on the batch size and is here for parity with their checkpoints.
+        shape: Shape of the statistics, broadcastable to the data: ``(C, 1, 1)`` for NCHW, ``(C,)``
+            for channels last. Every axis of the data that is missing or 1 here is averaged over.
+        statistics: ``"pooled"``: mean and (population) variance of all values. ``"official"``: the
+            authors' rule, the equal-weight average over batches of batch means and of unbiased
+            batch variances (``utils_sparse.py``); it depends on the batch size and is here for
+            parity with their checkpoints.
         device: Where the statistics are kept; the device of the data is best.
 
     Raises:
@@ -44,17 +45,26 @@ class ChannelMoments:
     """
 
     def __init__(
-        self, shape: Sequence[int], *, statistics: Statistics = "pooled", device: torch.device | str | None = None
+        self,
+        shape: Sequence[int],
+        *,
+        statistics: Statistics = "pooled",
+        device: torch.device | str | None = None,
     ) -> None:
         if statistics not in get_args(Statistics):
-            raise ValueError(f"statistics must be one of {get_args(Statistics)}, got {statistics!r}.")
-        if not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ValueError(f"shape must be positive integers such as (64, 1, 1), got {tuple(shape)!r}.")
+            raise ValueError(
+                f"statistics must be one of {get_args(Statistics)}, got {statistics!r}."
+            )
+        if any(size < 1 for size in shape):
+            raise ValueError(
+                f"shape must be positive integers such as (64, 1, 1), got {tuple(shape)!r}."
+            )
         self.shape = tuple(shape)
         self.statistics: Statistics = statistics
         self.count = 0  # values per channel ("pooled") or batches ("official")
         self.mean = torch.zeros(self.shape, dtype=torch.float64, device=_float64_device(device))
-        # The sum of squared deviations ("pooled") or of the batches' unbiased variances ("official").
+        # The sum of squared deviations ("pooled") or of the batches' unbiased variances
+        # ("official").
         self._spread = torch.zeros_like(self.mean)
 
     @property
@@ -69,25 +79,30 @@ class ChannelMoments:
             x: Floating-point tensor to which ``shape`` broadcasts; an empty batch changes nothing.
 
         Raises:
-            ValueError: If ``x`` does not have the channels of ``shape``, or a batch has a single value per channel under
-                ``"official"`` statistics (its unbiased variance is undefined).
+            ValueError: If ``x`` does not have the channels of ``shape``, or a batch has a single
+                value per channel under ``"official"`` statistics (its unbiased variance is
+                undefined).
         """
         pad = x.dim() - len(self.shape)
         aligned = (1,) * pad + self.shape
-        if pad < 0 or any(size not in (1, given) for size, given in zip(aligned, x.shape, strict=True)):
-            raise ValueError(f"x must broadcast with statistics of shape {self.shape}, got {tuple(x.shape)}.")
+        if pad < 0 or any(
+            size not in (1, given) for size, given in zip(aligned, x.shape, strict=True)
+        ):
+            raise ValueError(
+                f"x must broadcast with statistics of shape {self.shape}, got {tuple(x.shape)}."
+            )
         if x.numel() == 0:
             return
         axes = [axis for axis, size in enumerate(aligned) if size == 1]
         x = x.detach().to(self.mean.device)
         batch = ChannelMoments(self.shape, device=self.mean.device)
-        for part in x.split(max(1, _CHUNK * x.shape[0] // x.numel())) if pad else (x,):
+        for part in torch.split(x, max(1, _CHUNK * x.shape[0] // x.numel())) if pad else (x,):
             batch._merge(*_two_pass(part.double(), axes, self.shape))
         if self.statistics == "official":
             if batch.count < 2:
                 raise ValueError(
-                    'statistics="official" needs at least 2 values per channel in every batch, got 1: '
-                    'use a larger batch size, or statistics="pooled".'
+                    'statistics="official" needs at least 2 values per channel in every batch, '
+                    'got 1: use a larger batch size, or statistics="pooled".'
                 )
             self._merge(1, batch.mean, batch._spread / (batch.count - 1))
         else:
@@ -101,24 +116,34 @@ class ChannelMoments:
         """
         if (self.shape, self.statistics) != (other.shape, other.statistics):
             raise ValueError(
-                f"cannot merge moments of shape {other.shape} ({other.statistics}) into {self.shape} ({self.statistics})."
+                f"cannot merge moments of shape {other.shape} ({other.statistics}) into "
+                f"{self.shape} ({self.statistics})."
             )
-        self._merge(other.count, other.mean.to(self.mean.device), other._spread.to(self.mean.device))
+        self._merge(
+            other.count, other.mean.to(self.mean.device), other._spread.to(self.mean.device)
+        )
 
     def reduce(self) -> None:
-        """Merge over all ranks of the default process group, in rank order; every rank ends with the same numbers.
+        """Merge over all ranks of the default process group, in rank order.
 
-        Without an initialised process group nothing happens. Every rank must call it.
+        Every rank ends with the same numbers. Without an initialised process group nothing
+        happens. Every rank must call it.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        packed = torch.cat([self.mean.new_tensor([self.count]), self.mean.flatten(), self._spread.flatten()])
+        packed = torch.cat(
+            [self.mean.new_tensor([self.count]), self.mean.flatten(), self._spread.flatten()]
+        )
         ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, packed)
-        self.count, self.mean, self._spread = 0, torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        self.count, self.mean, self._spread = (
+            0,
+            torch.zeros_like(self.mean),
+            torch.zeros_like(self.mean),
+        )
         channels = math.prod(self.shape)
         for rank in ranks:
-            count, mean, spread = rank.split([1, channels, channels])
+            count, mean, spread = torch.split(rank, [1, channels, channels])
             self._merge(int(count.item()), mean.view(self.shape), spread.view(self.shape))
 
     def _merge(self, count: int, mean: Tensor, spread: Tensor) -> None:
@@ -134,13 +159,16 @@ class ChannelMoments:
 
 
 def _two_pass(x: Tensor, axes: list[int], shape: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations of one float64 block (corrected two-pass algorithm)."""
+    """Count, mean and sum of squared deviations of one float64 block."""
     count = x.numel() // math.prod(shape)
     if not axes:
         return 1, x.reshape(shape), torch.zeros_like(x).reshape(shape)
     mean = x.mean(axes, keepdim=True)
     deviation = x - mean
-    spread = deviation.square().sum(axes, keepdim=True) - deviation.sum(axes, keepdim=True).square() / count
+    spread = (
+        deviation.square().sum(axes, keepdim=True)
+        - deviation.sum(axes, keepdim=True).square() / count
+    )
     return count, mean.view(shape), spread.clamp(min=0).view(shape)
 
 

@@ -7,15 +7,14 @@ import pickle
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
-from lightning_meansparse import MeanSparse
-from lightning_meansparse.layer import mean_sparse
+from lightning_meansparse.layer import MeanSparse, mean_sparse
+from tests import reference
 
 FLOATS = st.floats(-100, 100, width=32)
 
@@ -38,8 +37,12 @@ def test_equals_the_published_formula_for_any_rank_and_channel_axes(
     x = data.draw(hnp.arrays(np.float32, shape, elements=FLOATS))
     mean = data.draw(hnp.arrays(np.float32, stats_shape, elements=FLOATS))
     var = data.draw(hnp.arrays(np.float32, stats_shape, elements=st.floats(0, 100, width=32)))
-    got = mean_sparse(torch.from_numpy(x), torch.from_numpy(mean), torch.from_numpy(var), alpha).numpy()
-    np.testing.assert_array_equal(got.view(np.int32), reference.mean_sparse(x, mean, var, alpha).view(np.int32))
+    got = mean_sparse(
+        torch.from_numpy(x), torch.from_numpy(mean), torch.from_numpy(var), alpha
+    ).numpy()
+    np.testing.assert_array_equal(
+        got.view(np.int32), reference.mean_sparse(x, mean, var, alpha).view(np.int32)
+    )
 
 
 def test_the_comparison_is_strict() -> None:
@@ -49,7 +52,9 @@ def test_the_comparison_is_strict() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_alpha_zero_and_zero_variance_are_the_bitwise_identity(dtype: torch.dtype) -> None:
-    x = torch.tensor([0.0, -0.0, 1.5, float("nan"), float("inf"), -float("inf"), 1e-40], dtype=dtype)
+    x = torch.tensor(
+        [0.0, -0.0, 1.5, float("nan"), float("inf"), -float("inf"), 1e-40], dtype=dtype
+    )
     raw = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     for var, alpha in ((torch.ones(7), 0.0), (torch.zeros(7), 2.0)):
         y = mean_sparse(x, torch.zeros(7), var, alpha)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_meansparse.moments import ChannelMoments
+from tests import reference
 
 AXES = (0, 2, 3)
 
@@ -28,8 +28,14 @@ def assert_close(moments: ChannelMoments, mean: np.ndarray, var: np.ndarray) -> 
     assert np.max(np.abs(moments.mean.flatten().numpy() - mean.astype(np.float64)) / sigma) < 1e-9
 
 
-@given(seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 20), max_size=6), scale=st.sampled_from([0.0, 1.0, 1e3]))
-def test_any_split_order_and_merge_tree_gives_the_pooled_moments(seed: int, cuts: list[int], scale: float) -> None:
+@given(
+    seed=st.integers(0, 999),
+    cuts=st.lists(st.integers(0, 20), max_size=6),
+    scale=st.sampled_from([0.0, 1.0, 1e3]),
+)
+def test_any_split_order_and_merge_tree_gives_the_pooled_moments(
+    seed: int, cuts: list[int], scale: float
+) -> None:
     x = numbers(seed, 20, mean=scale)
     parts = np.split(x, sorted(cuts))
     np.random.default_rng(seed).shuffle(parts)
@@ -65,7 +71,9 @@ def _merged(pair: list[ChannelMoments]) -> ChannelMoments:
         ((3, 1), lambda x: x.flatten(2)),
     ],
 )
-def test_layouts_agree(shape: tuple[int, ...], layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_layouts_agree(
+    shape: tuple[int, ...], layout: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     x = torch.from_numpy(numbers(0, 6))
     moments = ChannelMoments(shape)
     moments.update(layout(x))
@@ -76,10 +84,14 @@ def test_channels_on_several_axes() -> None:
     x = torch.randn(6, 3, 5, 4)
     moments = ChannelMoments((3, 1, 4))
     moments.update(x)
-    np.testing.assert_allclose(moments.var.squeeze().numpy(), x.double().numpy().var((0, 2)), rtol=1e-9)
+    np.testing.assert_allclose(
+        moments.var.squeeze().numpy(), x.double().numpy().var((0, 2)), rtol=1e-9
+    )
 
 
-def test_a_mean_far_from_zero_costs_no_digits_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_far_from_zero_costs_no_digits_and_chunks_do_not_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = numbers(1, 64, mean=1e4)
     monkeypatch.setattr("lightning_meansparse.moments._CHUNK", 500)
     moments = ChannelMoments((3, 1, 1))
@@ -94,7 +106,9 @@ def test_official_averages_batches_with_equal_weight() -> None:
         moments.update(torch.from_numpy(batch))
     expected = reference.official(batches, AXES)
     assert_close(moments, *expected)
-    assert not np.allclose(expected[1].astype(float), reference.pooled(batches, AXES)[1].astype(float), rtol=1e-2)
+    assert not np.allclose(
+        expected[1].astype(float), reference.pooled(batches, AXES)[1].astype(float), rtol=1e-2
+    )
 
     halves = [ChannelMoments((3, 1, 1), statistics="official") for _ in range(2)]
     for i, batch in enumerate(batches):

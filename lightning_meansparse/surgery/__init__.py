@@ -1,0 +1,23 @@
+"""Put operators into a model, calibrate them, set their α, take them out again.
+
+The only room that changes a model, and the model is the only state: everything here finds the
+operators by walking it.
+"""
+
+from lightning_meansparse.surgery.calibration import calibrate_, evaluating, model_input
+from lightning_meansparse.surgery.control import alpha_set, alphas, backward_rule, match, set_alpha
+from lightning_meansparse.surgery.insertion import operators, restore_, sparsify_
+
+__all__ = [
+    "alpha_set",
+    "alphas",
+    "backward_rule",
+    "calibrate_",
+    "evaluating",
+    "match",
+    "model_input",
+    "operators",
+    "restore_",
+    "set_alpha",
+    "sparsify_",
+]

@@ -1,0 +1,146 @@
+"""One pass over the training set that measures every operator's mean and variance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from lightning_meansparse.moments import ChannelMoments, Statistics
+from lightning_meansparse.surgery.control import alpha_set
+from lightning_meansparse.surgery.insertion import operators, shorten
+
+
+def calibrate_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    statistics: Statistics = "pooled",
+    progress: bool = False,
+) -> None:
+    """Measure every operator's mean and variance in one pass, in place.
+
+    The pass runs the base model: in eval mode, without gradients, with every operator letting its
+    input through unchanged. A second calibration overwrites the first; a failed one changes
+    nothing. Under ``torch.distributed`` the statistics of all ranks are merged, so every rank must
+    call it, with its own share of the data and no sample on two ranks.
+
+    Args:
+        model: A model with operators, see :func:`sparsify_`.
+        batches: Images ``(N, C, H, W)`` as the model takes them: tensors, tuples or lists that
+            begin with one, or dicts with ``"pixel_values"`` (passed by that name), ``"image"`` or
+            ``"images"``. They are moved to the model's device.
+        max_batches: Stop after so many batches.
+        statistics: ``"pooled"`` (exact) or ``"official"`` (the authors' averaging), see
+            :class:`~lightning_meansparse.moments.ChannelMoments`.
+        progress: Show a progress bar.
+
+    Raises:
+        RuntimeError: If the model has no operators, or an operator was never reached.
+        ValueError: If there are no batches, a batch is of another form, or a site's values are not
+            finite.
+
+    Example:
+        >>> from lightning_meansparse import find_sites
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
+        >>> calibrate_(model, [torch.rand(16, 3, 8, 8) for _ in range(4)])
+    """
+    found = operators(model)
+    if not found:
+        raise RuntimeError(
+            "model has no MeanSparse operators to calibrate. Call sparsify_(model, sites) first."
+        )
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be None or at least 1, got {max_batches}.")
+    moments = {
+        name: ChannelMoments(tuple(op.mean.shape), statistics=statistics, device=op.mean.device)
+        for name, op in found.items()
+    }
+    device = next(iter(found.values())).mean.device
+    if progress:
+        total = min(
+            t
+            for t in (max_batches, len(batches) if isinstance(batches, Sized) else None, 10**9)
+            if t is not None
+        )
+        batches = track(batches, description="Calibrating", total=total if total < 10**9 else None)
+    handles = [
+        op.register_forward_pre_hook(partial(_observe, moments[name])) for name, op in found.items()
+    ]
+    try:
+        with torch.no_grad(), evaluating(model), alpha_set(model, 0.0):
+            for batch in islice(batches, max_batches):
+                args, kwargs = model_input(batch)
+                model(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    for each in moments.values():
+        each.reduce()
+    unseen = [name for name, each in moments.items() if each.count == 0]
+    if len(unseen) == len(moments):
+        raise ValueError(
+            "batches must give at least one image, got none "
+            "(or the model was compiled: calibrate before you compile)."
+        )
+    if unseen:
+        raise RuntimeError(
+            f"the forward pass never reached {shorten(unseen)}: "
+            "does the model run the way find_sites saw it?"
+        )
+    new = {name: (m.mean.float(), m.var.float()) for name, m in moments.items()}
+    broken = [
+        name
+        for name, pair in new.items()
+        if not all(bool(value.isfinite().all()) for value in pair)
+    ]
+    if broken:
+        raise ValueError(
+            f"values at {shorten(broken)} are not finite. Check the images and the model's weights."
+        )
+    for name, op in found.items():
+        op.mean.copy_(new[name][0])
+        op.var.copy_(new[name][1])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the ``with`` block, and every module's own mode again after it."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _observe(moments: ChannelMoments, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    moments.update(args[0])
+
+
+def model_input(batch: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Positional and keyword arguments of the forward call for one batch."""
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        for key in ("pixel_values", "image", "images"):
+            if isinstance(batch.get(key), Tensor):
+                return ((), {key: batch[key]}) if key == "pixel_values" else ((batch[key],), {})
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    raise ValueError(
+        "batches must hold image tensors, tuples that begin with one, or dicts with "
+        "'pixel_values', 'image' or 'images'; "
+        f"got {type(batch).__name__}"
+        + (f" with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
+        + "."
+    )
