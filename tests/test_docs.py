@@ -1,0 +1,113 @@
+"""The code in README.md and docs/ is run, the commands in it exist, and its links lead somewhere.
+
+A ``python`` block is executed in an empty folder, offline, after the blocks above it in the same
+file. One that needs a network or a long time has ``<!-- no-run: the reason -->`` on the line before
+its fence and is only compiled. Of a ``bash`` block every ``make`` target and every ``meansparse``
+subcommand with its options must exist.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
+)
+FENCE = re.compile(
+    r"^(?:<!-- no-run: (?P<reason>[^\n]+?) -->\n)?"
+    r"(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)\n(?P=indent)```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(page, text[: found.start("code")].count("\n") + 1, found["language"], code, reason)
+        for found in FENCE.finditer(text)
+        for code, reason in [
+            (re.sub(f"^{found['indent']}", "", found["code"], flags=re.M), found["reason"])
+        ]
+        if found["language"] == language
+    ]
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+COMMANDS = [block for page in PAGES for block in blocks(page, "bash")]
+
+
+def test_the_walk_finds_pages_and_blocks() -> None:
+    assert len(PAGES) >= 10
+    assert ROOT / "README.md" in WITH_PYTHON
+    assert len(WITH_PYTHON) >= 3
+    assert len(COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, in_tmp_path: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for block in blocks(page, "python"):
+        # Compiled with the page's own file and line, so that a traceback points into the page.
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+        if block.reason is None:
+            exec(code, namespace)
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.where)
+def test_commands_exist(block: Block) -> None:
+    lines = block.code.replace("\\\n", " ").splitlines()
+    for line in lines:
+        command = line.split("#")[0].split()
+        if command[:1] == ["make"]:
+            targets = [word for word in command[1:] if "=" not in word and not word.startswith("-")]
+            assert set(targets) <= make_targets(), f"{block.where}: {line}"
+        elif command[:1] == ["meansparse"]:
+            words = command[1:] or ["--help"]
+            assert words[0] in {*subcommands(), "--help", "--version"}, f"{block.where}: {line}"
+
+
+@cache
+def make_targets() -> set[str]:
+    found = set(
+        re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    )
+    assert len(found) > 5
+    return found
+
+
+@cache
+def subcommands() -> frozenset[str]:
+    return frozenset({"demo", "fit", "validate", "sweep", "report"})
+
+
+def test_every_make_target_that_is_documented_for_contributors_exists() -> None:
+    mentioned = set(re.findall(r"`make ([a-z-]+)", (ROOT / "docs" / "contributing.md").read_text()))
+    assert mentioned
+    assert mentioned <= make_targets()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
