@@ -1,4 +1,4 @@
-"""What `meansparse demo` runs on: a tiny network, a tiny robust checkpoint of it, a tiny data set."""
+"""What `meansparse demo` runs on: a tiny network, a robust checkpoint of it, a tiny data set."""
 
 from __future__ import annotations
 
