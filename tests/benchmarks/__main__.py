@@ -3,7 +3,8 @@
     make bench                                  # a table
     make bench ARGS="--json bench.json"         # and a file to keep
 
-Every row interleaves its two sides and compares medians, so that a slow moment of the machine hits both.
+Every row interleaves its two sides and compares medians, so that a slow moment of the machine
+hits both.
 """
 
 from __future__ import annotations
