@@ -1,0 +1,10 @@
+"""Where operators belong in a model: `Site` and `find_sites`."""
+
+from lightning_meansparse.sites.find import (
+    UndecidedChannelsError,
+    UnreachableSitesError,
+    find_sites,
+)
+from lightning_meansparse.sites.site import Site
+
+__all__ = ["Site", "UndecidedChannelsError", "UnreachableSitesError", "find_sites"]
