@@ -1,0 +1,28 @@
+"""Attack suites and the evaluation that does not believe them.
+
+``resolve_attacks`` turns names into :class:`AttackSpec` s with every budget written out;
+``evaluate`` runs them on a classifier in [0, 1] pixels, clips and re-scores every example, and
+returns per-sample flags. torchattacks is imported when the first attack is built.
+"""
+
+from lightning_meansparse.attacks.evaluation import BaseExamples, Evaluation, evaluate
+from lightning_meansparse.attacks.suites import (
+    ATTACKS,
+    SUITES,
+    AttackSpec,
+    check_norm,
+    parse_eps,
+    resolve_attacks,
+)
+
+__all__ = [
+    "ATTACKS",
+    "SUITES",
+    "AttackSpec",
+    "BaseExamples",
+    "Evaluation",
+    "check_norm",
+    "evaluate",
+    "parse_eps",
+    "resolve_attacks",
+]

@@ -1,0 +1,271 @@
+"""Auto-PGD with start points, noise per sample and dropping of finished samples.
+
+Croce & Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks, arXiv 2003.01690, Sec. 3, Algorithm 1. Imported only when such an attack is
+built, since its base class is torchattacks'.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_meansparse.attacks.ball import Ball
+from lightning_meansparse.attacks.pgd import Outcome, StartedAttack, cross_entropy
+
+LOSSES = ("ce", "dlr", "dlr-targeted", "margin")
+
+
+@dataclass
+class _State:
+    """Everything Algorithm 1 remembers, one row per sample that still stands."""
+
+    rows: Tensor
+    ball: Ball
+    labels: Tensor
+    targets: Tensor
+    point: Tensor
+    previous: Tensor
+    best: Tensor
+    slope: Tensor
+    best_slope: Tensor
+    loss: Tensor
+    best_loss: Tensor
+    best_loss_at_check: Tensor
+    rises: Tensor
+    step: Tensor
+    halved_at_check: Tensor
+
+    def select(self, keep: Tensor) -> _State:
+        """The rows in ``keep``."""
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            parts[field.name] = value.select(keep) if isinstance(value, Ball) else value[keep]
+        return _State(**parts)
+
+
+class APGD(StartedAttack):
+    """Auto-PGD: momentum steps whose size halves when the loss stops rising.
+
+    Args:
+        model: Pixels to logits.
+        eps: Radius of the ball.
+        norm: ``"Linf"`` or ``"L2"``.
+        steps: Number of steps per run; each costs one forward and one backward pass per sample that
+            still stands.
+        n_restarts: Number of runs; the first begins at the given start points, if any, the others
+            at random.
+        loss: ``"ce"`` (see :func:`~lightning_meansparse.attacks.pgd.cross_entropy`), ``"dlr"``,
+            ``"dlr-targeted"`` (one run per target class), or ``"margin"``.
+        n_targets: Targets of ``"dlr-targeted"``: the most likely wrong classes of the clean image,
+            at most classes − 1.
+        rho: Fraction of steps that have to raise the loss.
+        step_size: Length of the first steps in units of ``eps`` (the paper: 2).
+        seed: Seed of the random starts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        norm: str = "Linf",
+        steps: int = 100,
+        n_restarts: int = 1,
+        loss: str = "ce",
+        n_targets: int = 9,
+        rho: float = 0.75,
+        step_size: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__("APGD", model, eps=eps, norm=norm, seed=seed)
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
+        for name, value in (("steps", steps), ("n_restarts", n_restarts), ("n_targets", n_targets)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        self.steps = steps
+        self.n_restarts = n_restarts
+        self.loss = loss
+        self.n_targets = n_targets
+        self.rho = rho
+        self.step_size = step_size
+
+    def perturb_from(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        starts: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Outcome:
+        """See :meth:`~lightning_meansparse.attacks.pgd.StartedAttack.perturb_from`."""
+        outcome = Outcome.empty(images)
+        ball = Ball(images, self.eps, self.norm)
+        indices = torch.arange(len(images)) if indices is None else indices.cpu()
+        targets = self._targets(images, labels, outcome)
+        for run in range(self.n_restarts * targets.shape[1]):
+            rows = (~outcome.fooled).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            part = ball.select(rows)
+            if run == 0 and starts is not None:
+                start = part.project(starts[rows])
+            else:
+                start = part.random(self.seed, indices[rows.cpu()], run)
+            target = targets[rows, run % targets.shape[1]]
+            self._run(rows, part, labels[rows], target, start, outcome)
+        return outcome
+
+    def _targets(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
+        """Target classes per sample, most likely first; the labels themselves when untargeted."""
+        if self.loss != "dlr-targeted":
+            return labels[:, None]
+        with torch.no_grad():
+            logits: Tensor = self.get_logits(images)
+        outcome.forwards += 1
+        wrong = logits.scatter(1, labels[:, None], -torch.inf)
+        count = min(self.n_targets, logits.shape[1] - 1)
+        return wrong.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+    def _run(
+        self,
+        rows: Tensor,
+        ball: Ball,
+        labels: Tensor,
+        targets: Tensor,
+        start: Tensor,
+        outcome: Outcome,
+    ) -> None:
+        """One run of Algorithm 1 over ``rows``; writes what it finds into ``outcome``."""
+        loss, slope, standing = self.gradient(start, labels, self._loss(labels, targets))
+        outcome.forwards[rows] += 1
+        outcome.backwards[rows] += 1
+        state = _State(
+            rows=rows,
+            ball=ball,
+            labels=labels,
+            targets=targets,
+            point=start,
+            previous=start,
+            best=start,
+            slope=slope,
+            best_slope=slope,
+            loss=loss,
+            best_loss=loss,
+            best_loss_at_check=loss,
+            rises=torch.zeros_like(loss),
+            step=torch.full_like(loss, self.step_size * self.eps),
+            halved_at_check=torch.ones_like(loss, dtype=torch.bool),
+        )
+        state = self._drop(state, standing, outcome)
+        checks = checkpoints(self.steps)
+        last_check = 0
+        for number in range(1, self.steps + 1):
+            if len(state.rows) == 0:
+                return
+            self._advance(state, first=number == 1)
+            criterion = self._loss(state.labels, state.targets)
+            outcome.forwards[state.rows] += 1
+            if number < self.steps:
+                loss, slope, standing = self.gradient(state.point, state.labels, criterion)
+                outcome.backwards[state.rows] += 1
+            else:
+                loss, standing = self.judge(state.point, state.labels, criterion)
+                slope = state.slope
+            better = loss > state.best_loss
+            state.rises += loss > state.loss
+            state.loss, state.slope = loss, slope
+            state.best = torch.where(_wide(better), state.point, state.best)
+            state.best_slope = torch.where(_wide(better), slope, state.best_slope)
+            state.best_loss = torch.where(better, loss, state.best_loss)
+            state = self._drop(state, standing, outcome)
+            if number in checks:
+                self._check(state, number - last_check)
+                last_check = number
+        outcome.examples[state.rows] = state.best
+
+    def _drop(self, state: _State, standing: Tensor, outcome: Outcome) -> _State:
+        """Record the samples that have fallen, and go on with the others."""
+        if bool(standing.all()):
+            return state
+        fallen = state.rows[~standing]
+        outcome.examples[fallen] = state.point[~standing]
+        outcome.fooled[fallen] = True
+        return state.select(standing)
+
+    def _advance(self, state: _State, *, first: bool) -> None:
+        """One step with momentum (Algorithm 1, lines 7 and 8)."""
+        step = _wide(state.step)
+        target = state.ball.project(state.point + step * state.ball.direction(state.slope))
+        if not first:
+            momentum = 0.75 * (target - state.point) + 0.25 * (state.point - state.previous)
+            target = state.ball.project(state.point + momentum)
+        state.previous, state.point = state.point, target
+
+    def _check(self, state: _State, length: int) -> None:
+        """Halve the step and go back to the best point where the loss no longer rises."""
+        stuck = ~state.halved_at_check & (state.best_loss_at_check >= state.best_loss)
+        halve = (state.rises < self.rho * length) | stuck
+        state.step = torch.where(halve, state.step / 2, state.step)
+        state.point = torch.where(_wide(halve), state.best, state.point)
+        state.slope = torch.where(_wide(halve), state.best_slope, state.slope)
+        state.halved_at_check, state.best_loss_at_check = halve, state.best_loss
+        state.rises = torch.zeros_like(state.rises)
+
+    def _loss(self, labels: Tensor, targets: Tensor) -> Any:
+        if self.loss == "ce":
+            return cross_entropy(labels)
+        if self.loss == "margin":
+            return lambda logits: margin_loss(logits, labels)
+        if self.loss == "dlr":
+            return lambda logits: dlr_loss(logits, labels)
+        return lambda logits: dlr_loss(logits, labels, targets)
+
+
+def margin_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Best other logit (or the target's) minus the true one, ``(N,)``; positive when wrong."""
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    if targets is not None:
+        return logits.gather(1, targets[:, None]).squeeze(1) - true
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1) - true
+
+
+def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Difference of logits ratio, ``(N,)`` (Croce & Hein, Eq. 6; with ``targets`` Eq. 7).
+
+    The margin over a spread of the largest logits, so that scaling the logits changes nothing. The
+    targeted version needs the fourth largest logit: with three classes the third takes its place.
+    With two classes every ratio is constant, and the margin itself is used.
+    """
+    margin = margin_loss(logits, labels, targets)
+    classes = logits.shape[1]
+    if classes == 2:
+        return margin
+    top = logits.topk(min(4, classes), dim=1).values
+    low = top[:, 2] if targets is None else (top[:, 2] + top[:, -1]) / 2
+    return margin / (top[:, 0] - low + 1e-12)
+
+
+def checkpoints(steps: int) -> frozenset[int]:
+    """Step numbers after which the step size is reconsidered (Croce & Hein, Sec. 3.1).
+
+    Example:
+        >>> sorted(checkpoints(100))
+        [22, 41, 57, 70, 80, 87, 93, 99]
+    """
+    # In hundredths: the fractions 0.22, 0.19, 0.16, ... add up without rounding.
+    found, position, length = set(), 22, 22
+    while position <= 100:
+        found.add(math.ceil(position * steps / 100))
+        length = max(length - 3, 6)
+        position += length
+    return frozenset(found)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,43 @@
+"""torchattacks' Square attack with random numbers that do not depend on the batch.
+
+Imported only when the attack is built, since its base class is torchattacks'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_meansparse.attacks.library import load_torchattacks
+
+_Square: Any = load_torchattacks().Square
+
+
+class Square(_Square):  # type: ignore[misc]
+    """Square attack (Andriushchenko et al., arXiv 1912.00049) as in torchattacks, for any batch.
+
+    torchattacks draws the squares' places once for all samples, but the signs once per sample of
+    the batch, so that a result depends on who else is in it. Here the signs are shared as well:
+    each sample sees the same distribution as before, and a result depends on the seed and the
+    sample alone.
+
+    Attributes:
+        queries: Forward passes per sample of the last run, ``(N,)``; samples that fell early cost
+            less.
+    """
+
+    queries: Tensor | None = None
+
+    def random_choice(self, shape: Sequence[int]) -> Tensor:
+        """Random signs of ``shape``, with one draw for the whole batch."""
+        shared = [1, *shape[1:]] if len(shape) == 4 else list(shape)
+        signs: Tensor = super().random_choice(shared)
+        return signs
+
+    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """One run; remembers what it cost."""
+        queries, found = super().attack_single_run(x, y)
+        self.queries = queries
+        return queries, found
