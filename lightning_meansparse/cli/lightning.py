@@ -1,0 +1,41 @@
+"""What the commands share that run a Lightning Trainer from options and YAML recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_meansparse.cli.commands import COMMANDS
+from lightning_meansparse.data import ImageDataModule
+
+
+class RecipeCLI(LightningCLI):
+    """One command's parser: trainer, model and data from options and `--config` files.
+
+    A parser of its own per command, not LightningCLI's subcommands: building one parser takes about
+    a second, and each command has another model class.
+    """
+
+    def __init__(self, command: str, model: type[LightningModule], args: Sequence[str]) -> None:
+        known = COMMANDS[command]
+        super().__init__(
+            model,
+            ImageDataModule,
+            args=list(args),
+            run=False,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": f"meansparse {command}",
+                "description": f"{known.summary}\n\nExample: {known.example}",
+                "exit_on_error": False,
+            },
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given words; LightningCLI warns about them when there are others in sys.argv."""
+        self.config = parser.parse_args(args)

@@ -1,0 +1,7 @@
+"""What a `Trainer` runs: adversarial training, and the sweep over α."""
+
+from __future__ import annotations
+
+from lightning_meansparse.tasks.training import AdversarialTraining
+
+__all__ = ["AdversarialTraining"]
