@@ -55,15 +55,16 @@ class PerImage:
         """Return the transformed images `(N, C, H', W')`.
 
         Raises:
-            ValueError: If the transform leaves [0, 1], as Normalize does, or changes the channels.
+            ValueError: If the transform leaves [0, 1], as Normalize does, or gives something else
+                than an image with as many channels.
         """
         varied = [self.transform(image) for image in images]
         for image in varied:
-            if not isinstance(image, Tensor) or image.shape[:-2] != images.shape[1:2]:
-                got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            shape = tuple(getattr(image, "shape", ()))
+            if shape[:-2] != tuple(images.shape[1:2]):
                 raise ValueError(
                     f"augment={self.transform!r} must turn a float image {tuple(images.shape[1:])} "
-                    f"into one with as many channels, got {got}"
+                    f"into one with as many channels, got a {type(image).__name__} {shape}"
                 )
         stacked = torch.stack(varied)
         low, high = (value.item() for value in stacked.aminmax())

@@ -166,8 +166,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if channels is not None and channels not in get_args(Channels):
             raise ValueError(f"channels must be 1, 3, 4 or None, got {channels}")
-        sides = (size, size) if isinstance(size, int) else size
-        if sides is not None and (len(sides) != 2 or min(sides) < 1):
+        sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        if sides is not None and (sides[2:] or min(sides, default=0) < 1):
             raise ValueError(f"size must be a positive int or (height, width), got {size!r}")
         self.dataset = dataset
         self.request = Request(

@@ -179,7 +179,7 @@ def resized(images: Array, size: Size) -> Array:
     inner = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     tensor = torch.from_numpy(_unit(images) if images.dtype == np.uint16 else images)
     parts = []
-    for chunk in tensor.split(CHUNK):
+    for chunk in torch.split(tensor, CHUNK):
         enlarged = V.resize(chunk, inner, V.InterpolationMode.BICUBIC, antialias=True)
         cut = V.center_crop(enlarged, list(size))
         # Bicubic overshoots at edges; integers are clamped by torchvision.

@@ -43,6 +43,9 @@ class ConvNet(nn.Module):
         for name, value in (("in_chans", in_chans), ("num_classes", num_classes), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.width = width
         self.stage1 = _stage(in_chans, width, stride=2)
         self.stage2 = _stage(width, 2 * width, stride=2)
         self.stage3 = _stage(2 * width, 2 * width, stride=1)

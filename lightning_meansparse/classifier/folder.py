@@ -1,0 +1,172 @@
+"""Our own folder: `config.json`, which says how to build the model, and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from lightning_meansparse.classifier.libraries import build, require_safetensors
+from lightning_meansparse.classifier.wrapper import Classifier
+from lightning_meansparse.demo.network import ConvNet
+
+FORMAT = "lightning_meansparse.classifier"
+FORMAT_VERSION = 1
+# Classes that a config.json may name, with the arguments that are attributes of the same name. Only
+# these are built: a file must not be able to call what it likes.
+CLASSES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    "lightning_meansparse.demo.ConvNet": (ConvNet, ("in_chans", "num_classes", "width")),
+}
+
+
+def save_classifier(
+    classifier: Classifier, directory: str | Path, *, metrics: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a classifier so that `load_classifier(directory)` builds it again, without a network.
+
+    Operators in the model are not written, as their tensors belong to an adapter.
+
+    Args:
+        classifier: Around a model that `load_classifier` built by name, or around
+            `lightning_meansparse.demo.ConvNet`.
+        directory: Is made if needed; `config.json` and `model.safetensors` in it are replaced, each
+            in one step.
+        metrics: JSON values to keep beside the weights, such as accuracies and how they were
+            measured; None keeps `classifier.metrics`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TypeError: If `classifier` is no Classifier.
+        ValueError: If nothing says how to build the model again, or a value is no JSON.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning_meansparse.classifier import load_classifier
+        >>> with TemporaryDirectory() as folder:
+        ...     path = save_classifier(load_classifier(ConvNet(width=4)), folder)
+        ...     load_classifier(path).model.width
+        4
+    """
+    if not isinstance(classifier, Classifier):
+        raise TypeError(f"classifier must be a Classifier, got {type(classifier).__name__}")
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **_origin(classifier),
+        "num_classes": classifier.num_classes,
+        "input_size": classifier.input_size,
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "metrics": dict(classifier.metrics if metrics is None else metrics),
+    }
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metrics and options must be plain JSON values: {error}") from error
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "model.safetensors", lambda path: save_model(classifier.model, str(path)))
+    _replace(folder / "config.json", lambda path: path.write_text(text, "utf-8"))
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of any library.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json; a model folder has that and model.safetensors, as "
+            "save_classifier, timm and transformers write them"
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def load_folder(folder: Path, config: Mapping[str, Any]) -> Classifier:
+    """Build the classifier that `save_classifier` wrote.
+
+    Args:
+        folder: Holds `model.safetensors`.
+        config: What `read_config` read there.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors.
+        ValueError: If the format is newer than this version, names a class that is not allowed, or
+            the weights are not those of the model it describes.
+    """
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format_version {config.get('format_version')!r}, this version reads "
+            f"{FORMAT_VERSION}; update lightning_meansparse"
+        )
+    require_safetensors(folder)
+    origin = {key: config[key] for key in ("class", "source", "options") if key in config}
+    if "class" in origin:
+        if origin["class"] not in CLASSES:
+            raise ValueError(
+                f"{folder} names the class {origin['class']!r}; allowed are: {', '.join(CLASSES)}"
+            )
+        cls, _ = CLASSES[origin["class"]]
+        model = cls(**origin["options"])
+    else:
+        model = build(origin)
+    try:
+        load_model(model, folder / "model.safetensors", strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}/model.safetensors does not fit its config.json: {error}"
+        ) from error
+    return Classifier(
+        model,
+        mean=config["mean"],
+        std=config["std"],
+        num_classes=config["num_classes"],
+        input_size=config["input_size"] and tuple(config["input_size"]),
+        source=str(folder),
+        origin=origin,
+        metrics=config.get("metrics"),
+    ).eval()
+
+
+def _origin(classifier: Classifier) -> Mapping[str, Any]:
+    for name, (cls, arguments) in CLASSES.items():
+        # isinstance, as an operator inside may have made it a subclass.
+        if isinstance(classifier.model, cls):
+            return {
+                "class": name,
+                "options": {key: getattr(classifier.model, key) for key in arguments},
+            }
+    if classifier.origin is None:
+        raise ValueError(
+            f"nothing says how to build this {type(classifier.model).__name__} again; "
+            "save_classifier writes models that load_classifier got by name. Save its state_dict "
+            "with safetensors instead"
+        )
+    return classifier.origin
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name and put it in place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,188 @@
+"""load_classifier: from a name, a folder or a module to a Classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_meansparse.classifier.folder import FORMAT, load_folder, read_config
+from lightning_meansparse.classifier.libraries import (
+    Loaded,
+    load_timm,
+    load_torchvision,
+    load_transformers,
+)
+from lightning_meansparse.classifier.wrapper import Classifier, PerChannel
+
+_PREFIXES = (
+    "'timm/resnet18', 'torchvision/resnet18', 'hf/organisation/name' for transformers models on "
+    "the Hub, 'timm/hf-hub:organisation/name' for timm models there, or a folder"
+)
+
+
+def load_classifier(
+    name_or_module: str | Path | nn.Module,
+    *,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
+    input_size: Sequence[int] | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> Classifier:
+    """Make a classifier of pixels in [0, 1] out of a model's name, folder or module.
+
+    The normalisation comes from where the model comes from (timm's `pretrained_cfg`, the image
+    processor of transformers, the transforms of torchvision's weights), unless given. Models found
+    by name are returned in eval mode; a module keeps its own.
+
+    Args:
+        name_or_module: `"timm/NAME"`, `"torchvision/NAME"`, `"hf/ORGANISATION/NAME"`; a folder
+            written by `save_classifier`, timm or transformers; a module, whose input is then pixels
+            normalised by `mean` and `std`; or a Classifier, which is returned as it is.
+        pretrained: Load weights. False gives the architecture with random weights.
+        num_classes: Number of classes; other than the weights' gets a new, random head (timm, hf).
+        in_chans: Channels of the images, where the library can adapt them.
+        mean: One number or one per channel; with `std` replaces the source's normalisation.
+        std: One number or one per channel.
+        input_size: `(C, H, W)`; replaces what the source says the model is meant for.
+        revision: Commit, tag or branch on the Hub.
+        **options: Further arguments of the library's own function, such as `img_size=64` for timm.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        ValueError: If there is no such model (with close names), options contradict the weights, or
+            nothing says how pixels are normalised.
+        TypeError: If `name_or_module` is of another kind.
+        FileNotFoundError: If a folder has no configuration or no safetensors. Nothing is unpickled.
+        RuntimeError: If the Hub cannot be reached.
+
+    Example:
+        >>> import torch
+        >>> classifier = load_classifier("timm/test_resnet", pretrained=False, num_classes=10)
+        >>> classifier(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+        >>> classifier.mean.flatten()
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    size = None if input_size is None else tuple(input_size)
+    construction = {"num_classes": num_classes, "in_chans": in_chans, **options}
+    given = {
+        key: value
+        for key, value in {**construction, "revision": revision}.items()
+        if value is not None
+    }
+    if isinstance(name_or_module, Classifier):
+        shape = {"mean": mean, "std": std, "input_size": size}
+        given |= {key: value for key, value in shape.items() if value is not None}
+        _refuse(given, "a Classifier is returned as it is")
+        return name_or_module
+    if (mean is None) != (std is None) and not isinstance(name_or_module, nn.Module):
+        raise ValueError("give mean= and std= together, or neither")
+    if isinstance(name_or_module, nn.Module):
+        given.pop("num_classes", None)
+        _refuse(given, "a module is taken as it is")
+        return Classifier(
+            name_or_module,
+            mean=mean,
+            std=std,
+            num_classes=num_classes,
+            input_size=size,  # type: ignore[arg-type]
+        )
+    if not isinstance(name_or_module, str | Path):
+        raise TypeError(
+            f"name_or_module must be {_PREFIXES}, a module or a Classifier, "
+            f"got {type(name_or_module).__name__}"
+        )
+    if not pretrained and revision is not None:
+        raise ValueError(f"revision={revision!r} chooses weights, but pretrained=False loads none")
+    library, _, model_name = str(name_or_module).partition("/")
+    found: Classifier | Loaded
+    if isinstance(name_or_module, Path) or library not in ("timm", "torchvision", "hf"):
+        folder = Path(name_or_module).expanduser()
+        config = _folder_config(folder, str(name_or_module))
+        if config.get("format") == FORMAT:
+            _refuse(given | ({} if pretrained else {"pretrained": False}), f"{folder} says it all")
+            found = load_folder(folder, config)
+        else:
+            if revision is not None:
+                raise ValueError(f"revision={revision!r}, but {folder} is a folder")
+            library = "hf" if "model_type" in config else "timm"
+            model_name = str(folder) if library == "hf" else f"local-dir:{folder}"
+            found = _from_library(library, model_name, pretrained, None, construction, mean is None)
+    else:
+        found = _from_library(library, model_name, pretrained, revision, construction, mean is None)
+    sized = found.input_size if size is None else size
+    return Classifier(
+        found.model,
+        mean=found.mean if mean is None else mean,  # type: ignore[arg-type]
+        std=found.std if std is None else std,  # type: ignore[arg-type]
+        num_classes=found.num_classes,
+        input_size=sized,  # type: ignore[arg-type]
+        source=str(name_or_module),
+        revision=found.revision,
+        origin=found.origin,
+        metrics=found.metrics if isinstance(found, Classifier) else None,
+    ).eval()
+
+
+def _from_library(
+    library: str,
+    name: str,
+    pretrained: bool,
+    revision: str | None,
+    options: dict[str, Any],
+    normalise: bool,
+) -> Loaded:
+    if library == "torchvision" and revision is not None:
+        raise ValueError(
+            f"revision={revision!r}, but torchvision's weights have names: give weights="
+        )
+    try:
+        if library == "timm":
+            return load_timm(name, pretrained=pretrained, revision=revision, options=options)
+        if library == "torchvision":
+            return load_torchvision(name, pretrained=pretrained, options=options)
+        return load_transformers(
+            name, pretrained=pretrained, revision=revision, options=options, normalise=normalise
+        )
+    except Exception as error:
+        # Our own FileNotFoundError says what to do; the libraries' subclasses of it and their other
+        # OSErrors, and what httpx raises below them, mean that something could not be fetched.
+        foreign = type(error).__module__.partition(".")[0] in ("httpx", "huggingface_hub")
+        if foreign or (isinstance(error, OSError) and type(error) is not FileNotFoundError):
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                f"{library}/{name} could not be fetched ({reason}); check the name and the "
+                "connection, or give a folder or pretrained=False"
+            ) from error
+        raise
+
+
+def _folder_config(folder: Path, name: str) -> dict[str, Any]:
+    if folder.is_dir():
+        return read_config(folder)
+    if folder.exists():
+        raise ValueError(
+            f"{name!r} is a file; give the folder that holds config.json and model.safetensors. "
+            "Pickled checkpoints (.pt, .pth, .bin, .ckpt) may run code and are not opened"
+        )
+    import timm
+
+    close = get_close_matches(name, timm.list_models(), n=3)
+    hint = f" Did you mean: {', '.join(f'timm/{match}' for match in close)}?" if close else ""
+    raise ValueError(f"name_or_module={name!r} is no folder and no name: give {_PREFIXES}.{hint}")
+
+
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    if given:
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{reason}; {shown} would have no effect, leave it out")
