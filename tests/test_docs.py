@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from lightning_meansparse.cli.commands import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
 )
 FENCE = re.compile(
-    r"^(?:<!-- no-run: (?P<reason>[^\n]+?) -->\n)?"
+    r"^(?: *<!-- no-run: (?P<reason>[^\n]+?) -->\n)?"
     r"(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<code>.*?)\n(?P=indent)```$",
     flags=re.MULTILINE | re.DOTALL,
 )
@@ -40,7 +42,9 @@ class Block:
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    text = page.read_text()
+    # A fence of four ticks shows how something is written; what is in it is not a block.
+    shown = re.compile(r"^ *````.*?^ *````$", flags=re.MULTILINE | re.DOTALL)
+    text = shown.sub(lambda found: "\n" * found[0].count("\n"), page.read_text())
     return [
         Block(page, text[: found.start("code")].count("\n") + 1, found["language"], code, reason)
         for found in FENCE.finditer(text)
@@ -52,14 +56,14 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-COMMANDS = [block for page in PAGES for block in blocks(page, "bash")]
+BASH = [block for page in PAGES for block in blocks(page, "bash")]
 
 
 def test_the_walk_finds_pages_and_blocks() -> None:
     assert len(PAGES) >= 10
     assert ROOT / "README.md" in WITH_PYTHON
     assert len(WITH_PYTHON) >= 3
-    assert len(COMMANDS) >= 3
+    assert len(BASH) >= 3
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
@@ -72,7 +76,7 @@ def test_python_blocks_run(page: Path, in_tmp_path: Path) -> None:
             exec(code, namespace)
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.where)
+@pytest.mark.parametrize("block", BASH, ids=lambda block: block.where)
 def test_commands_exist(block: Block) -> None:
     lines = block.code.replace("\\\n", " ").splitlines()
     for line in lines:
@@ -82,7 +86,7 @@ def test_commands_exist(block: Block) -> None:
             assert set(targets) <= make_targets(), f"{block.where}: {line}"
         elif command[:1] == ["meansparse"]:
             words = command[1:] or ["--help"]
-            assert words[0] in {*subcommands(), "--help", "--version"}, f"{block.where}: {line}"
+            assert words[0] in {*COMMANDS, "--help", "--version"}, f"{block.where}: {line}"
 
 
 @cache
@@ -92,11 +96,6 @@ def make_targets() -> set[str]:
     )
     assert len(found) > 5
     return found
-
-
-@cache
-def subcommands() -> frozenset[str]:
-    return frozenset({"demo", "fit", "validate", "sweep", "report"})
 
 
 def test_every_make_target_that_is_documented_for_contributors_exists() -> None:
@@ -111,3 +110,16 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_attack_and_suite_is_explained() -> None:
+    from lightning_meansparse.attacks import ATTACKS, SUITES
+
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = {tuple(row.split("|")[1:-1]) for row in page.splitlines() if row.startswith("| `")}
+    for name, specs in SUITES.items():
+        (row,) = [cells for cells in rows if f"`{name}`" in cells[0]]
+        if name in ATTACKS:
+            assert specs[0].kind == row[1].strip()
+        else:
+            assert all(f"`{spec.name}`" in row[1] for spec in specs), name
