@@ -148,7 +148,7 @@ def verdict(summary: AlphaSummary) -> str:
         f"at alpha = {summary.alpha:g}, {worst.value:.1%} of the {images} withstand every attack, "
         f"against {summary.base.value:.1%} for the base model under the same attacks "
         f"({100 * gain.value:+.1f} points, 95% interval {100 * gain.low:+.1f} to "
-        f"{100 * gain.high:+.1f}, p = {_p(gain.p)})"
+        f"{100 * gain.high:+.1f}, {_p(gain.p)})"
     )
     if gain.p < 0.05:
         return f"{'Real gain' if gain.value > 0 else 'Harm'}: {measured}."
@@ -163,7 +163,7 @@ def verdict(summary: AlphaSummary) -> str:
 
 
 def _p(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
 @dataclass(frozen=True)
