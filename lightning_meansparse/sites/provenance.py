@@ -1,11 +1,11 @@
 """Which axes of a tensor are channels, told by where the tensor came from.
 
-Every input-dependent tensor carries a `Trace`: a small float tensor of *channel numbers* that is broadcastable
-against it, with size 1 on every axis that is not a channel axis. A layer that makes new channels
-(convolution, matrix product) starts a fresh numbering; elementwise functions, norms and pooling pass
-it on; whatever moves values around (view, permute, roll, cat, window partitions ...) is run on the
-numbers themselves, and the axes along which they then vary are the channel axes. Nothing is decided by
-comparing sizes, and an operation that is in no table makes the axes undecided.
+Every input-dependent tensor carries a `Trace`: a small float tensor of *channel numbers* that is
+broadcastable against it, with size 1 on every axis that is no channel axis. A layer that makes new
+channels (convolution, matrix product) starts a fresh numbering; elementwise functions, norms and
+pooling pass it on; whatever moves values around (view, permute, roll, cat, window partitions ...)
+is run on the numbers themselves, and the axes along which they then vary are the channel axes.
+Nothing is decided by comparing sizes, and an operation that is in no table leaves them undecided.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_meansparse.sites.activations import names
+
 Channels = Tensor | str | None
 """Channel numbers, or why they are undecided, or None for a raw input that no layer made."""
 
@@ -27,8 +29,8 @@ class Trace(NamedTuple):
 
     Attributes:
         channels: The channels made by the last layer.
-        carried: Channels of the layer before, where a matrix product only carried them along as rows
-            (an MLP over tokens carries the embedding channels).
+        carried: Channels of the layer before, where a matrix product only carried them along as
+            rows (an MLP over tokens carries the embedding channels).
     """
 
     channels: Channels = None
@@ -168,8 +170,17 @@ def _agree(found: Sequence[tuple[Trace, bool]], name: str) -> Trace:
 
 
 def _convolution(op: Op) -> list[Trace]:
-    out = op.outs[0]
-    return [Trace(numbering(out.ndim, 1, out.shape[1]))] * len(op.outs)
+    out, groups = op.outs[0], op.arg("groups") or 1
+    trace = op.trace(op.args[0])
+    fresh = numbering(out.ndim, 1, out.shape[1])
+    if groups > 1 and trace and isinstance(trace.channels, Tensor):
+        numbers = trace.channels
+        if axes(numbers) == {1 - out.ndim}:
+            # Groups that read the same channels (a batch folded into axis 1) make the same ones.
+            each = out.shape[1] // groups
+            first = numbers.flatten()[:: numbers.numel() // groups].repeat_interleave(each)
+            fresh = first.view_as(fresh) * each + fresh % each
+    return [Trace(fresh)] * len(op.outs)
 
 
 def _last(op: Op) -> list[Trace]:
@@ -292,65 +303,75 @@ def _write(op: Op) -> list[Trace]:
 # --------------------------------------------------------------------------------------- tables
 # Names are aten names without the in-place underscore and the `_copy` of functional views.
 
-RESHAPE = frozenset(("view", "_unsafe_view", "_reshape_alias", "reshape"))
-COPIES = frozenset(("clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "positive"))
-CONSTANTS = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones "
-    "new_empty new_full new_empty_strided zero fill".split()
+RESHAPE = names("view _unsafe_view _reshape_alias reshape")
+MOVES = RESHAPE | names(
+    """
+    permute transpose t slice select unbind split split_with_sizes chunk expand unsqueeze squeeze
+    as_strided diagonal unfold narrow roll flip repeat tile index index_select gather rot90
+    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril triu
+    """
 )
-MOVES = RESHAPE | frozenset(
-    "permute transpose t slice select unbind split split_with_sizes chunk expand unsqueeze squeeze "
-    "as_strided diagonal unfold narrow roll flip repeat tile index index_select gather rot90 "
-    "repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
-    "tril triu".split()
+COPIES = names("clone _to_copy detach alias lift_fresh contiguous positive")
+JOINS = names("cat stack")
+CONSTANTS = names(
+    """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones
+    new_empty new_full new_empty_strided zero fill
+    """
 )
-JOINS = frozenset(("cat", "stack"))
-_TABLE: dict[str, Rule] = dict.fromkeys(MOVES, _move)
-_TABLE |= dict.fromkeys(COPIES, _keep)
-_TABLE |= dict.fromkeys(
-    "convolution _convolution convolution_overrideable conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d cudnn_convolution mkldnn_convolution miopen_convolution "
-    "_conv_depthwise2d conv_depthwise3d im2col torchvision::deform_conv2d".split(),
-    _convolution,
-)
-_TABLE |= dict.fromkeys("mm bmm addmm baddbmm _addmm_activation".split(), _matmul)
-_TABLE |= dict.fromkeys("embedding _native_multi_head_attention".split(), _last)
-_TABLE |= dict.fromkeys(
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
-    "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math".split(),
-    _attention,
-)
-_TABLE |= dict.fromkeys(
-    "mean sum amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax argmin "
-    "var_mean std_mean median nansum".split(),
-    _reduce,
-)
-_TABLE |= dict.fromkeys(JOINS, _join)
-_TABLE |= dict.fromkeys(
-    "index_put index_copy index_add index_fill scatter scatter_add masked_scatter slice_scatter "
-    "select_scatter".split(),
-    _write,
-)
-_TABLE |= dict.fromkeys(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "_batch_norm_with_update cudnn_batch_norm miopen_batch_norm native_layer_norm native_group_norm "
-    "_fused_rms_norm _softmax _log_softmax _safe_softmax cumsum cumprod native_dropout sort topk "
-    "max_pool2d_with_indices max_pool3d_with_indices max_pool2d mkldnn_max_pool2d avg_pool1d "
-    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool2d "
-    "adaptive_max_pool2d adaptive_max_pool3d max_pool1d adaptive_avg_pool1d "
-    "upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d "
-    "_upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d "
-    "upsample_trilinear3d upsample_nearest3d grid_sampler_2d constant_pad_nd reflection_pad1d "
-    "reflection_pad2d replication_pad1d replication_pad2d reflection_pad3d replication_pad3d "
-    "_fft_r2c _fft_c2r _fft_c2c bernoulli renorm".split(),
-    _keep,
-)
-# Elementwise operations carry PyTorch's own `pointwise` tag; these few lack it.
-_TABLE |= dict.fromkeys(
-    "copy hardswish prelu _prelu_kernel log_sigmoid_forward log_sigmoid rrelu_with_noise".split(),
-    _pointwise,
-)
+_RULES: dict[Rule, frozenset[str]] = {
+    _move: MOVES,
+    _join: JOINS,
+    _convolution: names(
+        """
+        convolution _convolution convolution_overrideable conv1d conv2d conv3d conv_transpose1d
+        conv_transpose2d conv_transpose3d cudnn_convolution mkldnn_convolution miopen_convolution
+        _conv_depthwise2d conv_depthwise3d im2col torchvision::deform_conv2d
+        """
+    ),
+    _matmul: names("mm bmm addmm baddbmm _addmm_activation"),
+    _last: names("embedding _native_multi_head_attention"),
+    _attention: names(
+        """
+        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math
+        """
+    ),
+    _reduce: names(
+        """
+        mean sum amax amin max min var std norm linalg_vector_norm logsumexp prod any all argmax
+        argmin var_mean std_mean median nansum
+        """
+    ),
+    _write: names(
+        """
+        index_put index_copy index_add index_fill scatter scatter_add masked_scatter slice_scatter
+        select_scatter
+        """
+    ),
+    _keep: COPIES
+    | names(
+        """
+        native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+        _batch_norm_with_update cudnn_batch_norm miopen_batch_norm native_layer_norm
+        native_group_norm _fused_rms_norm _softmax _log_softmax _safe_softmax cumsum cumprod renorm
+        native_dropout bernoulli sort topk max_pool1d max_pool2d mkldnn_max_pool2d
+        max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+        adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
+        adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d
+        upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d
+        _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d
+        grid_sampler_2d constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
+        replication_pad1d replication_pad2d replication_pad3d _fft_r2c _fft_c2r _fft_c2c
+        """
+    ),
+    # Elementwise operations carry PyTorch's own `pointwise` tag; these few lack it.
+    _pointwise: names(
+        "copy hardswish prelu _prelu_kernel log_sigmoid_forward log_sigmoid rrelu_with_noise"
+    ),
+}
+_TABLE: dict[str, Rule] = {name: rule for rule, group in _RULES.items() for name in group}
 
 
 def is_pointwise(func: Any, name: str) -> bool:

@@ -26,8 +26,8 @@ class Site:
             code the call stands.
         side: `"in"` (the tensor that goes in) or `"out"` (the tensor that comes out).
         shape: Shape of one statistic, broadcastable against the tensor from the right and beginning
-            at the first channel axis: `(64, 1, 1)` for NCHW, `(384,)` for channels last, `(8, 1, 16)`
-            for 8 heads of 16 channels around a token axis.
+            at the first channel axis: `(64, 1, 1)` for NCHW, `(384,)` for channels last,
+            `(8, 1, 16)` for 8 heads of 16 channels around a token axis, `(1,)` for one channel.
         call: Which call in the owner's code, `"relu[1]"` for the second call of `relu`, or None.
         index: Which element of a tuple output, or None for a plain tensor.
         role: What the tensor is to the network: the input of an `"activation"`, of an activation
@@ -61,9 +61,10 @@ class Site:
             raise ValueError(f"side must be 'in' or 'out', got {self.side!r}.")
         if self.role not in _ROLES:
             raise ValueError(f"role must be one of {', '.join(_ROLES)}, got {self.role!r}.")
-        if isinstance(self.shape, str) or not all(type(size) is int for size in self.shape):
-            raise TypeError(f"shape must be a tuple of integers, got {self.shape!r}.")
-        object.__setattr__(self, "shape", tuple(self.shape))
+        shape: object = self.shape
+        if not isinstance(shape, (tuple, list)) or not all(type(size) is int for size in shape):
+            raise TypeError(f"shape must be a tuple of integers, got {shape!r}.")
+        object.__setattr__(self, "shape", tuple(shape))  # JSON makes lists of tuples
         if any(size < 1 for size in self.shape):
             raise ValueError(f"shape must hold positive sizes, got {self.shape}.")
         if self.call is not None and not _CALL.fullmatch(self.call):

@@ -1,0 +1,85 @@
+"""What `where=` means."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from lightning_meansparse.sites.candidates import Candidate
+from lightning_meansparse.sites.site import Role, Site
+
+Where = str | Sequence[str] | Callable[[Site], bool]
+
+MODES: dict[str, tuple[Role, ...]] = {
+    "activations": ("activation",),
+    "activations+gates": ("activation", "gate"),
+    "activations+residual": ("activation", "residual"),
+}
+
+
+def check_where(where: object) -> None:
+    """Refuse what is neither a mode nor globs nor a function.
+
+    Raises:
+        TypeError: If so.
+    """
+    if callable(where) or (isinstance(where, str) and where):
+        return
+    if isinstance(where, Sequence) and where and all(isinstance(g, str) and g for g in where):
+        return
+    raise TypeError(
+        f"where must be one of {', '.join(map(repr, MODES))}, a glob, a non-empty list of globs, "
+        f"or a function of a Site, got {where!r}."
+    )
+
+
+def select(found: list[Candidate], where: Where) -> list[Candidate]:
+    """The candidates that are wanted.
+
+    Raises:
+        ValueError: If a glob matches nothing.
+    """
+    if isinstance(where, str):
+        if where in MODES:
+            return [c for c in found if c.site.role in MODES[where]]
+        return _matching(found, [where])
+    if callable(where):
+        return [c for c in found if where(c.site)]
+    return _matching(found, list(where))
+
+
+def _matching(found: list[Candidate], globs: list[str]) -> list[Candidate]:
+    names = [str(c.site) for c in found]
+    chosen: set[str] = set()
+    for glob in globs:
+        # Exact names first: the brackets of `blocks.2@out[0]` are no character class.
+        hits = [n for n in names if n == glob] or [n for n in names if fnmatch.fnmatchcase(n, glob)]
+        if not hits:
+            raise ValueError(
+                f"where: {glob!r} matches none of the {len(names)} places of this model. "
+                f"Close names: {', '.join(_close(glob, names))}."
+            )
+        chosen.update(hits)
+    return [c for c in found if str(c.site) in chosen]
+
+
+def _close(glob: str, names: list[str]) -> list[str]:
+    """Up to five names near a glob: those that hold its text, then those spelt alike."""
+    bare = glob.partition("@")[0].strip("*.")
+    holding = [n for n in names if bare and bare in n]
+    alike = difflib.get_close_matches(glob, [*MODES, *names], n=5, cutoff=0.4)
+    return list(dict.fromkeys([*holding[:3], *alike, *holding, *names]))[:5]
+
+
+def selects_nothing(found: list[Candidate], where: Where) -> str:
+    """Message for an empty selection."""
+    roles = [c.site.role for c in found]
+    counts = ", ".join(
+        f"{roles.count(role)} {role}" for role in ("activation", "gate", "residual", "other")
+    )
+    shown = "the given function" if callable(where) else f"{where!r}"
+    return (
+        f"where: {shown} selects nothing. The model's places by role: {counts}. Choose others, "
+        f"e.g. where='activations+gates' or a glob such as '*@in'."
+    )
