@@ -19,6 +19,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY) ## make .venv with everything that the other targets need
+	@echo "setup: .venv is ready"
 
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
