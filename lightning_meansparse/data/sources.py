@@ -237,7 +237,7 @@ def _read_parquet(files: list[Path], split: str, request: Request) -> Split:
 
     available = pq.read_schema(files[0]).names
     _check_columns(available, request, split)
-    keys = [request.image_key, request.label_key]
+    keys = list({request.image_key, request.label_key})
     table = pa.concat_tables([pq.read_table(file, columns=keys) for file in files])
     stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
