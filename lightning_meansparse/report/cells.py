@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from lightning_meansparse.records import AlphaSummary, Proportion
 from lightning_meansparse.report.findings import Findings
@@ -87,8 +88,16 @@ def title(sources: Sources) -> str:
     """What was measured, on which data."""
     model = sources.metadata.get("model") or sources.adapter.get("base") or "a model"
     data = sources.metadata.get("data")
-    name = data.get("name", "") if isinstance(data, Mapping) else data
+    name = str((data.get("name") if isinstance(data, Mapping) else data) or "")
+    if name.startswith(("/", ".", "~")):  # a local folder: where it lay tells a reader nothing
+        name = PurePath(name).name
     return f"MeanSparse on {model}" + (f" · {name}" if name else "")
+
+
+def replacement(sources: Sources) -> str:
+    """What the operator puts in the place of a value."""
+    known = {"global": "the mean over all channels", "zero": "zero"}
+    return known.get(str(sources.metadata.get("center")), "their channel’s mean")
 
 
 def role(findings: Findings, split: str) -> str:

@@ -140,7 +140,7 @@ def draw_histogram(axes: Axes, histogram: Histogram, part: str, colours: Mapping
         axes.axvline(histogram.mean, color=colours["band"], lw=1.4, ls=(0, (4, 2)))
         note = f"mean ± {histogram.alpha:g} σ"
     else:
-        note = f"{max(shares):.0f}% at the mean"
+        note = f"{max(shares):.0f}% in the peak"
     axes.set_title(part, loc="left", size=12, weight="bold", color=colours["ink"], pad=7)
     axes.set_title(note, loc="right", size=10, color=colours["band"], pad=7)
 
@@ -156,7 +156,7 @@ def draw_replaced(
     axes.set_ylim(shown - 0.4, -0.6)
     top = max([100 * s for s in shares[:shown]], default=0.0) or 1.0
     axes.set_xlim(0, 1.18 * top)
-    dress(axes, colours, xlabel="values replaced by the mean (%)", ylabel="")
+    dress(axes, colours, xlabel="values replaced (%)", ylabel="")
     axes.grid(visible=False, axis="y")
     for row in rows:
         axes.text(
@@ -194,24 +194,30 @@ def _draw_marks(
     axes: Axes, marks: Sequence[AlphaSummary], colours: Mapping[str, str], *, shift: float
 ) -> None:
     many = len(marks) > 4
-    for summary in marks:
-        for measure, share in _shares(summary).items():
-            value = 100 * share.value
-            axes.errorbar(
-                [summary.alpha + shift],
-                [value],
-                yerr=[[value - 100 * share.low], [100 * share.high - value]],
-                color=colours[measure],
-                marker=_MEASURES[measure][1],
-                ms=6 if many else 9,
-                mec=colours["paper"],
-                mew=1.0 if many else 1.3,
-                elinewidth=1.2 if many else 1.8,
-                capsize=2 if many else 4,
-                capthick=1.2 if many else 1.8,
-                clip_on=False,
-                zorder=6,
-            )
+    for measure, (_, marker, _, _) in _MEASURES.items():
+        known = [(s.alpha, _shares(s)[measure]) for s in marks if measure in _shares(s)]
+        if not known:
+            continue
+        values = [100 * share.value for _, share in known]
+        axes.errorbar(
+            [alpha + shift for alpha, _ in known],
+            values,
+            yerr=[
+                [value - 100 * share.low for value, (_, share) in zip(values, known, strict=True)],
+                [100 * share.high - value for value, (_, share) in zip(values, known, strict=True)],
+            ],
+            color=colours[measure],
+            ls="none",
+            marker=marker,
+            ms=6 if many else 9,
+            mec=colours["paper"],
+            mew=1.0 if many else 1.3,
+            elinewidth=1.2 if many else 1.8,
+            capsize=2 if many else 4,
+            capthick=1.2 if many else 1.8,
+            clip_on=False,
+            zorder=6,
+        )
 
 
 def _draw_masking(axes: Axes, lines: Sequence[AlphaSummary], colours: Mapping[str, str]) -> None:

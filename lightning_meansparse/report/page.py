@@ -17,6 +17,7 @@ from lightning_meansparse.report.cells import (
     attack_columns,
     capital,
     percent,
+    replacement,
     result_columns,
     signs,
     split_label,
@@ -214,14 +215,15 @@ def _histogram(sources: Sources) -> str:
     drawing = _both(
         lambda narrow, name: histogram_svg(found, narrow=narrow, name=name),
         f"Two histograms of channel {found.channel} at {found.site}, before and after the "
-        f"operator: values within {found.alpha:g} standard deviations of the mean become the mean.",
+        f"operator: values within {found.alpha:g} standard deviations of the mean become "
+        f"{replacement(sources)}.",
     )
     return (
         f"<figure>{drawing}<figcaption>Channel {found.channel} at "
         f"<code>{escape(found.site)}</code>: values closer to the mean "
         f"{signs(f'{found.mean:.3g}')} (dashed) than α·σ = {found.alpha:g} × {found.std:.3g} "
-        "(shaded) are replaced by the mean; all others pass unchanged. The bar at the mean is cut "
-        "off at the top.</figcaption></figure>"
+        f"(shaded) become {replacement(sources)}; all others pass unchanged. The peak is "
+        "cut off at the top; shares are of the values shown.</figcaption></figure>"
     )
 
 
@@ -237,7 +239,7 @@ def _sites(sources: Sources, chosen: float) -> str:
         _site_row(site, share) for site, share in zip(sources.sites, shares, strict=True)
     )
     return (
-        f"<p>At α = {alpha:g} ({why}), {percent(mean)} of the values become their channel’s mean "
+        f"<p>At α = {alpha:g} ({why}), {percent(mean)} of the values become {replacement(sources)} "
         f"on average over {len(shares)} site{'s' * (len(shares) != 1)}, between "
         f"{percent(min(shares))} and {percent(max(shares))} "
         f"(counted on {sources.images:,} images, in the order of execution).</p>"

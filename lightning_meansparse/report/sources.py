@@ -170,13 +170,13 @@ class _Taker:
         )
 
     def value(self, entry: Any, key: str, kind: type[_T]) -> _T:
-        got = entry.get(key) if isinstance(entry, Mapping) else entry
+        got = entry.get(key) if isinstance(entry, Mapping) else None
         if not isinstance(got, kind):
             self.fail(key, f"a {kind.__name__}", got)
         return got
 
     def number(self, entry: Any, key: str) -> float:
-        got = entry.get(key) if isinstance(entry, Mapping) else entry
+        got = entry.get(key) if isinstance(entry, Mapping) else None
         if isinstance(got, bool) or not isinstance(got, int | float) or not math.isfinite(got):
             self.fail(key, "a finite number", got)
         return float(got)
