@@ -1,7 +1,7 @@
 """The `meansparse` command: demo, fit, validate, sweep, report.
 
-This file starts it and stays light: help, version and slips of the pen are answered before torch and
-Lightning, many seconds of imports, are loaded.
+This file starts it and stays light: help, version and slips of the pen are answered before torch
+and Lightning, many seconds of imports, are loaded.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def overview() -> str:
         )
         lines += [f"{'':12}$ {command.example}", ""]
     lines += [
-        "New here? Begin with `meansparse demo`. Options of a command: `meansparse COMMAND --help`.",
+        "New here? Begin with `meansparse demo`. Options: `meansparse COMMAND --help`.",
         "Version: `meansparse --version`. After an error, MEANSPARSE_DEBUG=1 shows the traceback.",
     ]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_meansparse.cli.console import calm, make_console
 from lightning_meansparse.cli.lightning import RecipeCLI
 from lightning_meansparse.tasks import AdversarialTraining
 
@@ -22,5 +23,12 @@ class FitCLI(RecipeCLI):
 
 def run(args: Sequence[str]) -> None:
     """Train as the options and recipes say."""
-    cli = FitCLI("fit", AdversarialTraining, args)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    console = make_console()
+    with calm(console):
+        cli = FitCLI("fit", AdversarialTraining, args)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+        if cli.trainer.is_global_zero:
+            for name, value in sorted(cli.trainer.callback_metrics.items()):
+                console.print(f"{name:<16} {value.item():.4f}")
+            if cli.model.save_to is not None:
+                console.print(f"classifier: {cli.model.save_to}", soft_wrap=True)

@@ -29,6 +29,12 @@ class RecipeCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "init_args": {"save_dir": "outputs", "name": command},
+                }
+            },
             parser_kwargs={
                 "prog": f"meansparse {command}",
                 "description": f"{known.summary}\n\nExample: {known.example}",
@@ -37,5 +43,5 @@ class RecipeCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given words; LightningCLI warns about them when there are others in sys.argv."""
+        """Parse the given words; LightningCLI would warn that there are others in sys.argv."""
         self.config = parser.parse_args(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_meansparse.tasks.sweep import AlphaSweep
 from lightning_meansparse.tasks.training import AdversarialTraining
 
-__all__ = ["AdversarialTraining"]
+__all__ = ["AdversarialTraining", "AlphaSweep"]

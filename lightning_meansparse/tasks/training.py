@@ -131,7 +131,7 @@ class AdversarialTraining(LightningModule):
         self.seed = seed
         self.classifier: Classifier = load_classifier(model)
         if channels_last:
-            self.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.classifier.to(memory_format=torch.channels_last)
         names = ("train_adv_acc", "train_clean_acc", "val_loss", "val_clean_acc", "val_adv_acc")
         # Sums and counts that merge over ranks; a mean of batch means would weigh the last batch
         # like a full one.
@@ -237,6 +237,7 @@ class AdversarialTraining(LightningModule):
 
     def _mean(self, name: str, values: Tensor) -> None:
         metric = self.means[name]
+        assert isinstance(metric, MeanMetric)
         metric.update(values.detach().float())
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name.endswith("acc"))
 
@@ -314,7 +315,7 @@ def divergence(clean: Tensor, attacked: Tensor) -> Tensor:
 def trades_loss(
     clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """TRADES' objective `mean(CE(clean, y)) + β mean(KL(clean ‖ attacked))` (arXiv 1901.08573, Eq. 5).
+    """TRADES' objective `mean(CE(clean, y)) + β mean(KL(clean ‖ attacked))` [2, Eq. 5].
 
     The gradient flows through both arguments of the KL term, as in the authors' code.
 
@@ -343,7 +344,8 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _wants_total(factory: Callable[..., Any]) -> bool:
     """Whether a scheduler factory has an argument `total_steps` that nobody has given."""
-    target, given = factory, {}
+    target: Callable[..., Any] = factory
+    given: dict[str, Any] = {}
     while isinstance(target, partial):
         given = {**target.keywords, **given}
         # jsonargparse gives partial(instantiate, …, Class, **init_args).

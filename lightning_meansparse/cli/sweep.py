@@ -1,0 +1,66 @@
+"""`meansparse sweep`: choose alpha on held-out images, report it on test images."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from lightning_meansparse.cli.console import READING, calm, make_console, results_table
+from lightning_meansparse.cli.lightning import RecipeCLI
+from lightning_meansparse.records import HELD_OUT, TEST
+from lightning_meansparse.report import write_report
+from lightning_meansparse.report.drawing import require_matplotlib
+from lightning_meansparse.tasks import AlphaSweep
+
+
+class SweepCLI(RecipeCLI):
+    """Options of `meansparse sweep`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what the sweep takes besides trainer, model and data."""
+        parser.set_defaults({"model.output": "outputs/sweep"})
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Take the weights from this checkpoint of `meansparse fit`.",
+        )
+
+
+def run(args: Sequence[str]) -> None:
+    """Sweep as the options and recipes say, print the tables, write the report."""
+    console = make_console()
+    with calm(console):
+        cli = SweepCLI("sweep", AlphaSweep, args)
+        sweep = cli.model
+        require_matplotlib()  # now, not after hours of attacks
+        sweep.notes["command"] = shlex.join(["meansparse", "sweep", *args])
+        sweep.progress.console = console
+        cli.trainer.validate(
+            sweep, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False
+        )
+        if sweep.chosen_alpha is None:
+            raise ValueError(
+                "data has no held-out images to choose alpha on: set data.holdout above 0 and "
+                "trainer.limit_val_batches above 0"
+            )
+        cli.trainer.test(sweep, datamodule=cli.datamodule, verbose=False)
+        if cli.trainer.is_global_zero:
+            show(console, sweep)
+            if sweep.output is not None:
+                console.print(f"report: {write_report(sweep.output)}", soft_wrap=True)
+
+
+def show(console: Console, sweep: AlphaSweep) -> None:
+    """Print every split's table and the verdict."""
+    for split in (HELD_OUT, TEST):
+        if split in sweep.summaries:
+            summaries = sweep.summaries[split]
+            console.print(f"\n[bold]{split} images[/], n = {summaries[0].n:,}")
+            console.print(results_table(summaries, chosen=sweep.chosen_alpha))
+    console.print(READING)
+    if sweep.chosen_alpha is not None:
+        console.print(f"\n[bold]{sweep.verdict}[/]\n")

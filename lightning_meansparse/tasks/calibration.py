@@ -1,0 +1,114 @@
+"""Operators with statistics for a classifier inside a sweep."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_meansparse.adapter.base import mark_measured, provenance
+from lightning_meansparse.callback.batches import calibration_data
+from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.layer import Center
+from lightning_meansparse.moments import Statistics
+from lightning_meansparse.sites import Site, find_sites
+from lightning_meansparse.surgery import (
+    calibrate_,
+    evaluating,
+    model_input,
+    operators,
+    sparsify_,
+)
+from lightning_meansparse.tasks.ranks import summed
+
+_log = logging.getLogger(__name__)
+
+Where = str | Sequence[str] | Callable[[Site], bool]
+
+
+def calibrated(
+    module: LightningModule,
+    *,
+    where: Where,
+    strict: bool,
+    statistics: Statistics,
+    center: Center,
+    max_batches: int | None,
+) -> dict[str, Any] | None:
+    """Insert and calibrate operators in `module.classifier`, unless it has sound ones.
+
+    Args:
+        module: Within a run of a trainer with a datamodule.
+        where: As for `find_sites`; names are relative to the network inside the classifier.
+        strict: As for `find_sites`.
+        statistics: As for `calibrate_`.
+        center: As for `sparsify_`.
+        max_batches: At most so many batches, over all ranks together.
+
+    Returns:
+        Facts about the calibration; None if there was nothing to do.
+
+    Raises:
+        RuntimeError: If there are no training images to calibrate on.
+    """
+    classifier: Any = module.classifier
+    found = operators(classifier)
+    if found and any(bool(op.var.any()) for op in found.values()):
+        if provenance(classifier) != "stale":
+            return None
+        _log.warning("the weights have changed since the statistics were measured: once more")
+    datamodule: Any = getattr(module.trainer, "datamodule", None)
+    if not any(hasattr(datamodule, f"{name}_dataloader") for name in ("calibration", "train")):
+        raise RuntimeError(
+            "AlphaSweep has no training images to calibrate on: give the trainer a datamodule with "
+            "calibration_dataloader() or train_dataloader(), such as ImageDataModule, or the sweep "
+            "an adapter"
+        )
+    data = calibration_data(module.trainer, module, None, max_batches=max_batches)
+    if not found:
+        args, kwargs = model_input(data.example())
+        images = next(iter((*args, *kwargs.values())))[:2].to(module.device)
+        sites = _sites(classifier, images, where, strict=strict)
+        sparsify_(classifier.model, sites, center=center)
+    _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
+    counted = _Counted(data.batches())
+    calibrate_(classifier, counted, statistics=statistics)
+    mark_measured(classifier)
+    images_seen = summed(module, torch.tensor(float(counted.images), dtype=torch.float64))
+    return {"data": data.origin, "images": round(images_seen.item())}
+
+
+class _Counted:
+    """Batches, and a count of the images that went by."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self.images = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            args, kwargs = model_input(batch)
+            self.images += len(next(iter((*args, *kwargs.values()))))
+            yield batch
+
+
+def _sites(
+    classifier: Classifier, images: Tensor, where: Where, *, strict: bool
+) -> tuple[Site, ...]:
+    """Sites with names relative to the network inside the classifier, which sees other values."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    handle = classifier.model.register_forward_pre_hook(keep)
+    try:
+        with evaluating(classifier), torch.no_grad():
+            classifier(images)
+    finally:
+        handle.remove()
+    return find_sites(classifier.model, seen[0], where=where, strict=strict)
