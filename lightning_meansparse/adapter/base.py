@@ -1,0 +1,210 @@
+"""The base network inside a model, and whether it is the one that statistics were measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.surgery import operators
+
+Provenance = Literal["fresh", "stale", "unknown"]
+
+# From wide to narrow. A narrower copy of the same weights is recognised, see Fingerprint.matches.
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MARK = "_meansparse_measured_on"
+
+
+def base_module(model: nn.Module) -> nn.Module:
+    """The base network inside a wrapper, to which the site names in an adapter are relative.
+
+    Looked through, in this order and as long as it goes on: ``torch.compile`` and
+    ``DistributedDataParallel`` wrappers; a :class:`~lightning_meansparse.classifier.Classifier`
+    (its ``model``); a ``LightningModule`` with a ``classifier`` of that class; any other
+    ``LightningModule`` whose parameters all belong to one child (metrics and losses without
+    parameters do not count). Everything else is its own base.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> base_module(BoringModel())
+        Linear(in_features=32, out_features=2, bias=True)
+    """
+    inner = _one_step_in(model)
+    return model if inner is None else base_module(inner)
+
+
+def scope(model: nn.Module) -> nn.Module:
+    """The module that an adapter of ``model`` describes: its base, or all of it.
+
+    A ``LightningModule`` may call an activation in its own ``forward``, outside its only child with
+    parameters; then the base is not the whole truth and the module itself is described.
+    """
+    outer = _unwrapped(model)
+    base = base_module(outer)
+    return base if len(operators(base)) == len(operators(outer)) else outer
+
+
+def scopes(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Modules that an adapter may have been made for, the likeliest first."""
+    outer = _unwrapped(model)
+    base = base_module(outer)
+    return (base,) if base is outer else (base, outer)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which weights a network has, as hashes; the same on every device.
+
+    Over the sorted entries of the ``state_dict`` (name, shape, values cast to the dtype in
+    question) without ``num_batches_tracked``, which no output in eval mode depends on. Operators do
+    not count: their buffers are not in the ``state_dict``. Neither does preprocessing. It takes
+    about 4 s per 10⁹ weights and dtype on one core.
+
+    Args:
+        dtype: The widest floating-point dtype among the weights: ``"float32"`` (float64 counts as
+            it), ``"float16"`` or ``"bfloat16"``.
+        hashes: SHA-256 of the weights cast to each dtype, as hex digits.
+    """
+
+    dtype: str
+    hashes: Mapping[str, str]
+
+    @staticmethod
+    def of(model: nn.Module, dtypes: tuple[str, ...] = tuple(_DTYPES)) -> Fingerprint:
+        """Hash the weights of ``model``, once per dtype asked for.
+
+        Raises:
+            ValueError: If weights are on the meta device, that is, have no values.
+        """
+        hashes = {name: hashlib.sha256() for name in dtypes}
+        for key, value in sorted(model.state_dict().items()):
+            name = key.replace("_orig_mod.", "")
+            if not isinstance(value, Tensor) or name.rpartition(".")[2] == "num_batches_tracked":
+                continue
+            if value.is_meta:
+                raise ValueError(
+                    f"model: {key} is on the meta device and has no values. Load its weights first."
+                )
+            value = value.detach().cpu()
+            for dtype, digest in hashes.items():
+                digest.update(f"{name} {tuple(value.shape)}\n".encode())
+                digest.update(_bytes(value, _DTYPES[dtype]))
+        return Fingerprint(
+            _widest(model), {name: digest.hexdigest() for name, digest in hashes.items()}
+        )
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` has these weights, or the same weights cast to or from half precision.
+
+        Both are compared at the narrower of the two dtypes: statistics measured in float32 are
+        accepted by ``model.half()`` and the other way round, never by other weights.
+        """
+        own = _widest(model)
+        if "float32" in (own, self.dtype):
+            common = self.dtype if own == "float32" else own
+        elif own == self.dtype:
+            common = own
+        else:
+            return False
+        return self.hashes.get(common) == Fingerprint.of(model, (common,)).hashes[common]
+
+    def short(self) -> str:
+        """The first digits, for messages."""
+        return next(iter(self.hashes.values()), "none")[:12]
+
+
+def mark_measured(model: nn.Module) -> None:
+    """Note in the model that the statistics it holds were measured on the weights it holds."""
+    module = scope(model)
+    vars(module)[_MARK] = (Fingerprint.of(module), _statistics_hash(module))
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint of the module that an adapter describes, from the note if that holds."""
+    module = scope(model)
+    if provenance(model) == "fresh":
+        noted: Fingerprint = vars(module)[_MARK][0]
+        if noted.dtype == _widest(module):
+            return noted
+    return Fingerprint.of(module)
+
+
+def provenance(model: nn.Module) -> Provenance:
+    """Whether the statistics in the model belong to its weights.
+
+    ``"unknown"`` when nobody noted it, or the statistics were replaced since: then whoever put them
+    there knows.
+    """
+    module = scope(model)
+    mark: tuple[Fingerprint, str] | None = vars(module).get(_MARK)
+    if mark is None or mark[1] != _statistics_hash(module):
+        return "unknown"
+    return "fresh" if mark[0].matches(module) else "stale"
+
+
+def _one_step_in(model: nn.Module) -> nn.Module | None:
+    outer = _unwrapped(model)
+    if outer is not model:
+        return outer
+    if isinstance(model, Classifier):
+        return model.model
+    if not _is_lightning_module(model):
+        return None
+    classifier: Any = getattr(model, "classifier", None)
+    if isinstance(classifier, Classifier):
+        return classifier
+    children = [c for c in model.children() if next(c.parameters(), None) is not None]
+    alone = len(children) == 1 and next(model.parameters(recurse=False), None) is None
+    return children[0] if alone else None
+
+
+def _is_lightning_module(model: nn.Module) -> bool:
+    """Without importing Lightning for it, which takes seconds: no module is one before that."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        loaded = sys.modules.get(package)
+        if loaded is not None and isinstance(model, loaded.LightningModule):
+            return True
+    return False
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without compilers and parallel wrappers, whose inner module has an agreed name."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, parallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _widest(model: nn.Module) -> str:
+    """The dtype of the weights if all are in one kind of half precision, else ``"float32"``."""
+    found = {str(v.dtype) for v in model.state_dict().values() if v.is_floating_point()}
+    half = found.pop().removeprefix("torch.") if len(found) == 1 else ""
+    return half if half in ("float16", "bfloat16") else "float32"
+
+
+def _statistics_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, operator in operators(model).items():
+        digest.update(name.encode())
+        for value in (operator.mean, operator.var):
+            digest.update(_bytes(value.detach().cpu(), torch.float32))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor, dtype: torch.dtype) -> Any:
+    """The values as a buffer of bytes, floating-point ones cast to ``dtype``."""
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if value.is_floating_point():
+        value = value.to(dtype)
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
