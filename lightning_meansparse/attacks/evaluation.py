@@ -195,7 +195,8 @@ def evaluate(
         for a, spec in enumerate(specs):
             say(f"{spec.name}: {int(standing.sum())} of {len(x)} images standing")
             tried.append(standing.clone())
-            for rows in torch.split(standing.nonzero().squeeze(1), batch_size):
+            active = standing.nonzero().squeeze(1)
+            for rows in torch.split(active, batch_size) if len(active) else ():
                 found, cost = run.attack(spec, rows)
                 examples[rows] = found
                 standing[rows] &= run.judge(found, y[rows])

@@ -36,8 +36,28 @@ class Square(_Square):  # type: ignore[misc]
         signs: Tensor = super().random_choice(shared)
         return signs
 
+    def random_int(self, low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:
+        """A random place for a square; one larger than a narrow image starts at its edge."""
+        place: Tensor = super().random_int(low, max(low, high), list(shape))
+        return place
+
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One run; remembers what it cost."""
+        """One run; remembers what it cost.
+
+        Raises:
+            ValueError: If torchattacks' grid of five tiles does not fit the images (L2 only).
+        """
+        height, width = x.shape[-2:]
+        tile = height // 5
+        if self.norm == "L2" and (
+            height != width
+            or tile == 0
+            or (height - 5 * tile) // 2 + height // tile * tile > height
+        ):
+            raise ValueError(
+                "under norm='L2' its tiles fit quadratic images of 25 pixels or more (and some "
+                f"smaller ones), got {height} x {width}; leave it out, e.g. attacks=['pgd', 'apgd-ce', 'adaptive']."
+            )
         queries, found = super().attack_single_run(x, y)
         self.queries = queries
         return queries, found

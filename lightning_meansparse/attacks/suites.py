@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -48,7 +47,7 @@ def parse_eps(eps: float | str) -> float:
         if isinstance(eps, str):
             top, slash, bottom = eps.partition("/")
             # Not Fraction("8/255"): "0.5/255" and "1e-1" shall be readable, too.
-            value = float(Fraction(top.strip()) / Fraction(bottom.strip() if slash else 1))
+            value = float(top) / (float(bottom) if slash else 1.0)
         else:
             value = float(eps)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
