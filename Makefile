@@ -57,7 +57,7 @@ format: $(READY) ## let ruff rewrite the sources
 	@$(BIN)/ruff format .
 
 docs: $(READY) ## build the documentation into site/, every warning an error
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "docs: site/index.html"
 
 docs-serve: $(READY) ## show the documentation while you edit it
