@@ -47,7 +47,7 @@ ORDER = [
     "cli",
 ]
 # Installed with an extra, so a file may import them inside functions only.
-OPTIONAL = {"datasets", "matplotlib", "plotly", "scipy", "torchattacks", "transformers"}
+OPTIONAL = {"datasets", "matplotlib", "scipy", "torchattacks", "transformers"}
 
 
 def sources() -> list[Path]:
