@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_meansparse.sites import provenance
 from lightning_meansparse.sites.dataflow import Value
-from lightning_meansparse.sites.probe import Call, Place, Probe, Sum
+from lightning_meansparse.sites.events import Call, Place, Sum
+from lightning_meansparse.sites.probe import Probe
 from lightning_meansparse.sites.site import Role, Side, Site
 
 
@@ -43,9 +44,8 @@ def candidates(probe: Probe) -> list[Candidate]:
 def _of_call(probe: Probe, call: Call) -> Candidate:
     role: Role = "gate" if probe.is_gate(call) else "activation"
     if call.module is None:
-        obstacle = (
-            f"{call.owner}::{call.call.partition('[')[0]}, functional call in {call.owner_class}"
-        )
+        function = call.call.partition("[")[0]
+        obstacle = f"{call.owner}::{function}, functional call in {call.owner_class}"
     else:
         name, times = probe.names[call.module], probe.counts[call.module]
         if times == 1 and call.first_input:

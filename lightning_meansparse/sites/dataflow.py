@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_meansparse.sites import provenance
+from lightning_meansparse.sites import provenance, rules
 from lightning_meansparse.sites.activations import names
 from lightning_meansparse.sites.provenance import Op, Trace
 
@@ -104,9 +104,9 @@ class Flow:
         values = [value for _, value in known.values()]
         first, now = values[0], next(self.clock)
         alone = len(values) == 1
-        copies = op.name in provenance.COPIES
-        passes = copies or op.name in provenance.MOVES
-        joins = passes or pointwise or op.name in provenance.JOINS
+        copies = op.name in rules.COPIES
+        passes = copies or op.name in rules.MOVES
+        joins = passes or pointwise or op.name in rules.JOINS
         same_root = copies or (pointwise and len({v.root for v in values}) == 1)
         same_layer = joins and len({v.layer for v in values}) == 1
         depends = free = 0
@@ -130,7 +130,7 @@ class Flow:
                 layer=first.layer if same_layer else now,
                 total=first.total if passes and alone and out.numel() == numel else None,
             )
-            for out, trace in zip(op.outs, provenance.propagate(op), strict=True)
+            for out, trace in zip(op.outs, rules.propagate(op), strict=True)
         ]
 
     def _multiply(self, op: Op, known: Known) -> int:

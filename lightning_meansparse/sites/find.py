@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.sites.candidates import Candidate, candidates
-from lightning_meansparse.sites.guard import check_example, check_model, resized, untouched
+from lightning_meansparse.sites.guard import (
+    check_example,
+    check_model,
+    resized,
+    shortened,
+    untouched,
+)
 from lightning_meansparse.sites.probe import Probe
 from lightning_meansparse.sites.select import Where, check_where, select, selects_nothing
 from lightning_meansparse.sites.site import Site
@@ -67,7 +73,7 @@ def find_sites(
     Args:
         model: The network. Names of sites are relative to it, as in `model.named_modules()`.
         example: What `model` is called with: images `(N, C, H, W)`, or a dict of keyword tensors.
-            It should be on the model's device and of its dtype.
+            It should be on the model's device and of its dtype. Two samples of it are used.
         where: Which places: `"activations"`, `"activations+gates"`, `"activations+residual"`; or a
             glob or a list of globs over the names of all places (those and any module's `@in`,
             `@out` and `@out[i]`); or a function of a `Site` that tells whether it is wanted (a site
@@ -95,11 +101,9 @@ def find_sites(
         [1] Amini et al., MeanSparse, arXiv 2406.05927.
     """
     check_model(model)
-    inputs = check_example(example)
+    inputs = shortened(check_example(example))
     check_where(where)
-    with untouched(model, inputs), torch.inference_mode(False), torch.no_grad():
-        everything = _probe(model, inputs)
-        second = _probe_again(model, inputs)
+    everything = _probe(model, inputs)
     wanted = select(everything, where)
     missed = [c for c in wanted if c.obstacle is not None]
     reached = [c for c in wanted if c.obstacle is None]
@@ -110,6 +114,7 @@ def find_sites(
         warnings.warn(f"{message} They are left out (strict=False).", UserWarning, stacklevel=2)
     if not reached:
         raise ValueError(selects_nothing(everything, where))
+    second = _probe_again(model, inputs)
     if second is not None:
         reached = [_compared(c, second.get(str(c.site))) for c in reached]
     undecided = [c for c in reached if c.undecided is not None]
@@ -119,14 +124,12 @@ def find_sites(
 
 
 def _probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Candidate]:
-    given = {name: tensor.detach().clone() for name, tensor in inputs.items()}
     probe = Probe(model)
-
-    def forward() -> object:
-        return model(given[""]) if "" in given else model(**given)
-
     try:
-        probe.run(forward, list(given.values()))
+        with untouched(model, inputs), torch.inference_mode(False), torch.no_grad():
+            given = {name: tensor.detach().clone() for name, tensor in inputs.items()}
+            args, kwargs = ((given[""],), {}) if "" in given else ((), given)
+            probe.run(lambda: model(*args, **kwargs), list(given.values()))
     except Exception as error:
         shapes = ", ".join(
             f"{name or 'example'} {tuple(t.shape)} {t.dtype} on {t.device}"

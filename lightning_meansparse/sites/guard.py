@@ -71,10 +71,16 @@ def check_example(example: object) -> dict[str, Tensor]:
     return tensors
 
 
+def shortened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first two samples: places and axes do not depend on how many there are."""
+    sizes = [t.shape[0] for t in inputs.values() if t.ndim == 4]
+    return {n: t[:2] if t.ndim and t.shape[0] in sizes[:1] else t for n, t in inputs.items()}
+
+
 def resized(tensor: Tensor, grow: int) -> Tensor:
     """One sample more and, for images, `grow` more rows and columns, by repetition."""
     for dim, more in enumerate((1, 0, grow, grow) if tensor.ndim == 4 else (1,)):
-        if dim < tensor.ndim and more:
+        if dim < tensor.ndim and tensor.shape[dim] and more:
             size = tensor.shape[dim]
             index = torch.arange(size + more, device=tensor.device) % size
             tensor = tensor.index_select(dim, index)

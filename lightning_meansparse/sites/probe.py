@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_meansparse.sites import provenance
+from lightning_meansparse.sites import rules
 from lightning_meansparse.sites.activations import (
     CONTAINERS,
     FUNCTIONS,
@@ -28,95 +27,8 @@ from lightning_meansparse.sites.activations import (
     is_operator,
 )
 from lightning_meansparse.sites.dataflow import Flow, Value, is_residual
+from lightning_meansparse.sites.events import Call, Frame, Place, Sum, tensors_in
 from lightning_meansparse.sites.provenance import Op
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of an activation whose input depends on the example."""
-
-    time: int
-    owner: str
-    owner_class: str
-    call: str
-    kind: str
-    value: Value
-    module: nn.Module | None = None
-    first_input: bool = True
-    bit: int = 0
-
-
-@dataclass(eq=False)
-class Place:
-    """A tensor at a module's border."""
-
-    time: int
-    module: nn.Module
-    side: str
-    index: int | None
-    value: Value
-
-
-@dataclass(eq=False)
-class Sum:
-    """A residual sum, and the module border at which it leaves the module that made it."""
-
-    time: int
-    owner: str
-    owner_class: str
-    index: int
-    value: Value
-    place: Place | None = None
-    before_activation: bool = False
-
-
-@dataclass(eq=False)
-class Frame:
-    """A running module.
-
-    Attributes:
-        module: The module.
-        name: Its name in the model, None if the model does not hold it.
-        start: When it was called.
-        value: Value of its first input when it was called.
-        shape: Shape of that input.
-        mutes: It is an activation or an operator, whose inside is no place for a site.
-        active: Its own activation call.
-        calls: Functional activation calls in its code.
-    """
-
-    module: nn.Module
-    name: str | None
-    start: int
-    value: Value | None
-    shape: torch.Size | None
-    mutes: bool
-    active: Call | None = None
-    calls: list[Call] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        """Class name of the module."""
-        return type(self.module).__name__
-
-    @property
-    def short(self) -> str:
-        """What the owner's code calls it."""
-        return self.name.rpartition(".")[2] if self.name else self.kind
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """All tensors in a model's output: a tensor, sequence, mapping or Hugging Face output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from tensors_in(value)
-    elif hasattr(output, "__dataclass_fields__"):
-        yield from tensors_in(vars(output))
 
 
 @lru_cache(maxsize=4096)
@@ -126,7 +38,7 @@ def _facts(func: Any) -> tuple[str, bool]:
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     name = name.removesuffix("_copy") or name
-    return name, provenance.is_pointwise(func, name)
+    return name, rules.is_pointwise(func, name)
 
 
 class Probe(TorchDispatchMode):
@@ -208,7 +120,7 @@ class Probe(TorchDispatchMode):
         if not known:
             return func(*args, **kwargs)
         name, pointwise = _facts(func)
-        if not provenance.is_known(func, name):
+        if not rules.is_known(func, name):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -219,7 +131,7 @@ class Probe(TorchDispatchMode):
         shapes = {key: tensor.shape for key, (tensor, _) in known.items()}
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if name in provenance.CONSTANTS:
+        if name in rules.CONSTANTS:
             for leaf in outs:
                 self.flow.forget(leaf)
             return out
