@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,8 @@ from lightning_meansparse.records import (
 )
 from lightning_meansparse.report import find, read_sources, render_markdown, write_report
 from lightning_meansparse.report.drawing import COLOURS, inline_svg
-from lightning_meansparse.report.sources import SITES_VERSION
+from lightning_meansparse.report.figures import histogram_top, replaced_share
+from lightning_meansparse.report.sources import SITES_VERSION, Histogram
 
 pytest.importorskip("matplotlib")
 
@@ -565,6 +566,25 @@ class TestPage:
         assert "masking was not measured" in page.said()
         assert "budget not recorded" in page.said()
         assert "sites.json is missing" in page.said()
+
+
+def test_one_background_value_does_not_flatten_the_histogram() -> None:
+    before = (0.0, 20.0, 30.0, 20.0, 10.0, 900.0) + (10.0,) * 20
+    found = Histogram(
+        site="act@in",
+        channel=0,
+        mean=2.0,
+        std=3.0,
+        alpha=0.5,
+        edges=tuple(float(i) for i in range(27)),
+        before=before,
+        after=(*before[:1], 20.0, 30.0, 20.0, *before[4:]),
+    )
+    assert 20 < histogram_top(found) < 100
+    assert replaced_share(found) == pytest.approx((20 + 30) / sum(before))
+    even = replace(found, before=(5.0,) * 26)
+    assert histogram_top(even) > 5
+    assert replaced_share(replace(found, before=(0.0,) * 26)) == 0
 
 
 def test_markdown_holds_the_verdict_and_both_tables(sweep: Path) -> None:

@@ -9,11 +9,14 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata as distributions
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from lightning_meansparse.attacks import Evaluation
 
 FORMAT_VERSION = 1
 """Version of the file layout; it moves alone, and readers keep every older one."""
@@ -48,7 +51,7 @@ _PACKAGES = ("lightning_meansparse", "torch", "lightning", "timm", "transformers
 
 
 def rows(
-    evaluation: Any, *, alpha: float, split: str, kinds: Sequence[str] | None = None
+    evaluation: Evaluation, *, alpha: float, split: str, kinds: Sequence[str] | None = None
 ) -> pa.Table:
     """Turns one batch's evaluation into a records table.
 
@@ -109,7 +112,7 @@ def rows(
     return pa.table(columns, schema=SCHEMA)
 
 
-def _array(evaluation: Any, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
+def _array(evaluation: Evaluation, name: str, shape: tuple[int, ...] | None) -> np.ndarray:
     value = getattr(evaluation, name)
     array = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
     if array.shape != (shape or (array.size,)):

@@ -88,10 +88,14 @@ def title(sources: Sources) -> str:
     """What was measured, on which data."""
     model = sources.metadata.get("model") or sources.adapter.get("base") or "a model"
     data = sources.metadata.get("data")
-    name = str((data.get("name") if isinstance(data, Mapping) else data) or "")
-    if name.startswith(("/", ".", "~")):  # a local folder: where it lay tells a reader nothing
-        name = PurePath(name).name
-    return f"MeanSparse on {model}" + (f" · {name}" if name else "")
+    name = (data.get("name") if isinstance(data, Mapping) else data) or ""
+    return f"MeanSparse on {_short(model)}" + (f", {_short(name)}" if name else "")
+
+
+def _short(name: object) -> str:
+    """A name as it is; of a local folder the end, as where it lay tells a reader nothing."""
+    text = str(name)
+    return "/".join(PurePath(text).parts[-2:]) if text.startswith(("/", ".", "~")) else text
 
 
 def replacement(sources: Sources) -> str:

@@ -6,6 +6,7 @@ For the page they are drawn twice, wide and narrow: scaled text is unreadable on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lightning_meansparse.records import AlphaSummary, Proportion
@@ -125,7 +126,7 @@ def draw_histogram(axes: Axes, histogram: Histogram, part: str, colours: Mapping
     edges = histogram.edges
     total = sum(histogram.before) or 1.0
     shares = [100 * count / total for count in getattr(histogram, part)]
-    top = 1.25 * (100 * max(histogram.before, default=0.0) / total or 1.0)
+    top = 100 * histogram_top(histogram) / total
     half = histogram.alpha * histogram.std
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, top)
@@ -140,9 +141,26 @@ def draw_histogram(axes: Axes, histogram: Histogram, part: str, colours: Mapping
         axes.axvline(histogram.mean, color=colours["band"], lw=1.4, ls=(0, (4, 2)))
         note = f"mean ± {histogram.alpha:g} σ"
     else:
-        note = f"{max(shares):.0f}% in the peak"
+        note = f"{100 * replaced_share(histogram):.0f}% replaced"
     axes.set_title(part, loc="left", size=12, weight="bold", color=colours["ink"], pad=7)
     axes.set_title(note, loc="right", size=10, color=colours["band"], pad=7)
+
+
+def replaced_share(histogram: Histogram) -> float:
+    """Share of the values shown that lie inside the band, by the bins whose middle does."""
+    half = histogram.alpha * histogram.std
+    inside = (
+        count
+        for (left, right), count in zip(pairwise(histogram.edges), histogram.before, strict=True)
+        if abs((left + right) / 2 - histogram.mean) < half
+    )
+    return sum(inside) / (sum(histogram.before) or 1.0)
+
+
+def histogram_top(histogram: Histogram) -> float:
+    """Count at which bars are cut off, or one constant background would flatten all others."""
+    filled = sorted(count for count in histogram.before if count) or [1.0]
+    return 1.35 * filled[int(0.95 * (len(filled) - 1))]
 
 
 def draw_replaced(

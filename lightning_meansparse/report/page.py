@@ -24,7 +24,7 @@ from lightning_meansparse.report.cells import (
     title,
 )
 from lightning_meansparse.report.drawing import COLOURS
-from lightning_meansparse.report.figures import accuracy_svg, histogram_svg
+from lightning_meansparse.report.figures import accuracy_svg, histogram_svg, histogram_top
 from lightning_meansparse.report.findings import Findings
 from lightning_meansparse.report.sources import SiteShare, Sources
 
@@ -212,6 +212,8 @@ def _histogram(sources: Sources) -> str:
     found = sources.histogram
     if found is None:
         return '<p class="muted">No histogram was recorded (sites.json holds none).</p>'
+    tall = max(*found.before, *found.after) > histogram_top(found)
+    cut = "Bars that reach the top are cut off. " if tall else ""
     drawing = _both(
         lambda narrow, name: histogram_svg(found, narrow=narrow, name=name),
         f"Two histograms of channel {found.channel} at {found.site}, before and after the "
@@ -222,8 +224,8 @@ def _histogram(sources: Sources) -> str:
         f"<figure>{drawing}<figcaption>Channel {found.channel} at "
         f"<code>{escape(found.site)}</code>: values closer to the mean "
         f"{signs(f'{found.mean:.3g}')} (dashed) than α·σ = {found.alpha:g} × {found.std:.3g} "
-        f"(shaded) become {replacement(sources)}; all others pass unchanged. The peak is "
-        "cut off at the top; shares are of the values shown.</figcaption></figure>"
+        f"(shaded) become {replacement(sources)}; all others pass unchanged. {cut}"
+        "Shares are of the values shown.</figcaption></figure>"
     )
 
 
