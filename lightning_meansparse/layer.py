@@ -68,7 +68,7 @@ def mean_sparse(
         ValueError: If a shape would enlarge ``x``, or ``alpha``, ``backward`` or ``temperature`` is
             out of range.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[-2.0, -0.1, 0.1, 2.0]])
         >>> mean_sparse(x, torch.zeros(4), torch.ones(4), 0.5)
         tensor([[-2.,  0.,  0.,  2.]])
@@ -119,7 +119,7 @@ class MeanSparse(nn.Module):
         ValueError: If ``mean`` and ``var`` differ in shape, ``alpha`` is negative or not finite, or
             ``center`` is unknown.
 
-    Example:
+    Examples:
         >>> operator = MeanSparse(torch.zeros(3, 1, 1), torch.ones(3, 1, 1), 0.2)
         >>> operator(torch.full((2, 3, 4, 4), 0.1)).abs().max()
         tensor(0.)

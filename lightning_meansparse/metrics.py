@@ -66,7 +66,7 @@ class RobustAccuracy(Metric):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, or ``compute`` is called before any sample.
 
-    Example:
+    Examples:
         >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 1, 0])
         >>> classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         >>> metric = RobustAccuracy("fgsm", eps="8/255")

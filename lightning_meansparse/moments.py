@@ -36,7 +36,7 @@ class ChannelMoments:
     Raises:
         ValueError: If ``shape`` is not made of positive integers or ``statistics`` is unknown.
 
-    Example:
+    Examples:
         >>> moments = ChannelMoments((2,))
         >>> moments.update(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
         >>> moments.update(torch.tensor([[5.0, 10.0]]))

@@ -264,7 +264,8 @@ def test_public_names_have_a_docstring_with_an_example(name: str) -> None:
     thing = getattr(API, name)
     doc = inspect.getdoc(thing)
     assert doc
-    assert ">>>" in doc, f"{name} lacks an example that runs"
+    # "Examples:" is the heading that the API reference shows as code.
+    assert "\nExamples:\n    >>>" in doc, f"{name} lacks `Examples:` with a doctest"
     for parameter in inspect.signature(thing).parameters:
         assert re.search(rf"\b{parameter}\b", doc), f"{name} does not describe {parameter!r}"
 

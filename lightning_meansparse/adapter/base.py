@@ -30,7 +30,7 @@ def base_module(model: nn.Module) -> nn.Module:
     ``LightningModule`` whose parameters all belong to one child (metrics and losses without
     parameters do not count). Everything else is its own base.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> base_module(BoringModel())
         Linear(in_features=32, out_features=2, bias=True)

@@ -77,7 +77,7 @@ def save_adapter(
         RuntimeError: If the weights have changed since the statistics were measured.
         NotADirectoryError: If ``directory`` is a file.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import calibrate_, find_sites, sparsify_
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
@@ -140,7 +140,7 @@ def load_adapter(
         ValueError: If the files are not a sound adapter of a known version, the model is already
             sparsified or lacks a site, or it is another base.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import calibrate_, find_sites, sparsify_
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())

@@ -254,7 +254,7 @@ def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> T
 def checkpoints(steps: int) -> frozenset[int]:
     """Step numbers after which the step size is reconsidered (Croce & Hein, Sec. 3.1).
 
-    Example:
+    Examples:
         >>> sorted(checkpoints(100))
         [22, 41, 57, 70, 80, 87, 93, 99]
     """

@@ -35,7 +35,7 @@ def parse_eps(eps: float | str) -> float:
         TypeError: If ``eps`` is neither a number nor text.
         ValueError: If it cannot be read, or is not positive and finite.
 
-    Example:
+    Examples:
         >>> parse_eps("8/255") == 8 / 255
         True
     """
@@ -95,7 +95,7 @@ class AttackSpec:
     Raises:
         ValueError: If a field does not make sense.
 
-    Example:
+    Examples:
         >>> AttackSpec("pgd-l2", "torchattacks.PGDL2", {"alpha": 0.1, "steps": 20}).kind
         'gradient'
     """
@@ -264,7 +264,7 @@ def resolve_attacks(
         TypeError: If an entry is of another type.
         ValueError: If a name is unknown, a name stands for two different attacks, or none is given.
 
-    Example:
+    Examples:
         >>> [spec.name for spec in resolve_attacks(["adaptive", "pgd"])]
         ['pgd', 'adaptive']
     """

@@ -46,7 +46,7 @@ def save_classifier(
         TypeError: If `classifier` is no Classifier.
         ValueError: If nothing says how to build the model again, or a value is no JSON.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from lightning_meansparse.classifier import load_classifier
         >>> with TemporaryDirectory() as folder:

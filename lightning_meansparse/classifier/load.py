@@ -65,7 +65,7 @@ def load_classifier(
         FileNotFoundError: If a folder has no configuration or no safetensors. Nothing is unpickled.
         RuntimeError: If the Hub cannot be reached.
 
-    Example:
+    Examples:
         >>> import torch
         >>> classifier = load_classifier("timm/test_resnet", pretrained=False, num_classes=10)
         >>> classifier(torch.rand(2, 3, 64, 64)).shape

@@ -43,7 +43,7 @@ class Classifier(nn.Module):
     Raises:
         ValueError: If mean, std and input_size disagree on the channels, or std is not positive.
 
-    Example:
+    Examples:
         >>> classifier = Classifier(nn.Flatten(), mean=0.5, std=0.25)
         >>> classifier(torch.full((1, 1, 1, 2), 0.75))
         tensor([[1., 1.]])

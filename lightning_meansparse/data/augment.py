@@ -23,7 +23,7 @@ class CropFlip:
     Shapes:
         `(N, C, H, W)` to the same.
 
-    Example:
+    Examples:
         >>> CropFlip()(torch.rand(5, 3, 32, 32)).shape
         torch.Size([5, 3, 32, 32])
     """

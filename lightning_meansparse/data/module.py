@@ -125,7 +125,7 @@ class ImageDataModule(LightningDataModule):
         ValueError: In `setup`, before anything is set, for columns, splits, labels, sizes or limits
             that the data set does not have. The message says which it has.
 
-    Example:
+    Examples:
         >>> images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
         >>> labels = torch.arange(40) % 2
         >>> pairs = {"train": (images, labels), "test": (images[:10], labels[:10])}

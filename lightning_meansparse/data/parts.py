@@ -22,7 +22,7 @@ def stratified_order(labels: Rows, seed: int) -> Rows:
     Returns:
         A permutation of `0 … N - 1`.
 
-    Example:
+    Examples:
         >>> labels = np.repeat([0, 1], [8, 4])
         >>> order = stratified_order(labels, seed=0)
         >>> np.bincount(labels[order[:6]]).tolist()

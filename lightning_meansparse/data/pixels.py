@@ -127,7 +127,7 @@ def decoded(image: Image.Image, channels: int | None, *, where: str) -> Array:
         ValueError: For modes without an agreed range (32-bit integers, floats) or colour space
             (CMYK, LAB, …) unless that one converts safely, and for transparency that would be lost.
 
-    Example:
+    Examples:
         >>> decoded(Image.new("P", (28, 20)), None, where="image 0").shape
         (3, 20, 28)
     """
@@ -168,7 +168,7 @@ def resized(images: Array, size: Size) -> Array:
 
     Bicubic with antialiasing; the aspect ratio stays. 16-bit images become float32.
 
-    Example:
+    Examples:
         >>> resized(np.zeros((2, 1, 28, 40), np.uint8), (14, 14)).shape
         (2, 1, 14, 14)
     """
@@ -191,7 +191,7 @@ def resized(images: Array, size: Size) -> Array:
 def to_unit(images: Array) -> Tensor:
     """Turn stored pixels into a float32 tensor in [0, 1]: `k / 255`, `k / 65535`, or as they are.
 
-    Example:
+    Examples:
         >>> to_unit(np.array([0, 51, 255], np.uint8))
         tensor([0.0000, 0.2000, 1.0000])
     """

@@ -107,7 +107,7 @@ def open_splits(dataset: str | Path | Mapping[str, Any], request: Request) -> Op
 def is_local(dataset: str | Path) -> bool:
     """Return whether `dataset` names a path rather than a Hub id.
 
-    Example:
+    Examples:
         >>> is_local("zalando-datasets/fashion_mnist"), is_local("./images"), is_local("a.parquet")
         (False, True, True)
     """

@@ -29,7 +29,7 @@ class ConvNet(nn.Module):
     Raises:
         ValueError: If a size is smaller than one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_meansparse.demo import ConvNet
         >>> ConvNet()(torch.zeros(2, 1, 28, 28)).shape

@@ -20,7 +20,7 @@ class Proportion:
 
     [1] Wilson, Probable Inference, JASA 22 (1927).
 
-    Example:
+    Examples:
         >>> share = Proportion(81, 263)
         >>> f"{share.value:.3f} [{share.low:.3f}, {share.high:.3f}]"
         '0.308 [0.255, 0.366]'
@@ -72,7 +72,7 @@ class Paired:
     [3] Miettinen, The matched pairs design in the case of all-or-none responses, Biometrics 24
         (1968): the sample size.
 
-    Example:
+    Examples:
         >>> change = Paired(gained=0, lost=12, n=300)
         >>> f"{100 * change.value:+.2f} ± {100 * change.se:.2f}, p = {change.p:.5f}"
         '-4.00 ± 1.13, p = 0.00049'

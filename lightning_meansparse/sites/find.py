@@ -91,7 +91,7 @@ def find_sites(
         ValueError: If a glob matches nothing, or if nothing at all is selected.
         TypeError: If `model`, `example` or `where` is of a kind that cannot be used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
         >>> [(str(site), site.shape) for site in find_sites(net, torch.zeros(1, 3, 8, 8))]

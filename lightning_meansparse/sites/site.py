@@ -34,7 +34,7 @@ class Site:
             that only gates another tensor (`"gate"`), a `"residual"` sum, or `"other"`.
         kind: Class or function name of what stands there (`"GELU"`), for display.
 
-    Example:
+    Examples:
         >>> site = Site("layer1.0.act1", "in", (64, 1, 1))
         >>> str(site), site.channels, site.axis
         ('layer1.0.act1@in', 64, (-3,))
@@ -110,7 +110,7 @@ class Site:
         Raises:
             ValueError: If the name does not have the form of a site's name.
 
-        Example:
+        Examples:
             >>> Site.parse("layer1.0::relu[1]@in", (64, 1, 1)).call
             'relu[1]'
         """

@@ -47,7 +47,7 @@ def calibrate_(
         ValueError: If there are no batches, a batch is of another form, or a site's values are not
             finite.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import find_sites
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)

@@ -25,7 +25,7 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
         RuntimeError: If the model has no operators.
         ValueError: If a number is negative or not finite, or a glob matches no site.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import find_sites
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GELU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)))
@@ -88,7 +88,7 @@ def backward_rule(
     Raises:
         ValueError: If ``rule`` or ``temperature`` is out of range.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import find_sites
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)

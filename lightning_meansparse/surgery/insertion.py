@@ -43,7 +43,7 @@ def sparsify_(
         ValueError: If there are no sites, a site does not exist in ``model`` or is taken, or an
             option is out of range.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import find_sites
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
@@ -81,7 +81,7 @@ def restore_(model: nn.Module) -> None:
     Afterwards the model has the modules, hooks and outputs it had before. A model without operators
     is left alone.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse import find_sites
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)

@@ -55,7 +55,7 @@ def ascend(
     Returns:
         Adversarial images, detached, in the ball and in [0, 1].
 
-    Example:
+    Examples:
         >>> images = torch.full((2, 1, 4, 4), 0.5)
         >>> raised = ascend(lambda x: x.sum(), images, eps=0.1, step_size=0.05, steps=5)
         >>> round(raised.max().item(), 4), round(raised.min().item(), 4)

@@ -21,7 +21,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: If it is neither.
 
-    Example:
+    Examples:
         >>> import torch
         >>> images, labels = images_and_labels([torch.rand(2, 1, 4, 4), torch.tensor([0, 1])])
         >>> images.shape, labels.shape

@@ -43,7 +43,7 @@ def batch_indices(loader: Any) -> list[Tensor]:
         TypeError: If it is no DataLoader over numbered samples.
         ValueError: If its order is random, so that numbers and images would not belong together.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import TensorDataset
         >>> batch_indices(DataLoader(TensorDataset(torch.zeros(5)), batch_size=2))
         [tensor([0, 1]), tensor([2, 3]), tensor([4])]

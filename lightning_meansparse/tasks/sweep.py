@@ -102,7 +102,7 @@ class AlphaSweep(LightningModule):
     Raises:
         ValueError: If an alpha is negative, a name unknown, or `eps` out of range.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse.demo import ConvNet
         >>> sweep = AlphaSweep(ConvNet(width=4), alphas=[0.3, 0.1], attacks="pgd", eps="8/255")
         >>> sweep.alphas

@@ -75,7 +75,7 @@ class AdversarialTraining(LightningModule):
     Raises:
         ValueError: If a number is out of range or a choice unknown.
 
-    Example:
+    Examples:
         >>> from lightning_meansparse.demo import ConvNet
         >>> task = AdversarialTraining(ConvNet(width=4), eps="8/255", steps=2)
         >>> images, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
@@ -326,7 +326,7 @@ def trades_loss(
         beta: The paper's 1/λ.
         label_smoothing: Of the cross-entropy.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0]])
         >>> trades_loss(logits, logits, torch.tensor([0]), beta=6.0).item() == F.cross_entropy(
         ...     logits, torch.tensor([0])
