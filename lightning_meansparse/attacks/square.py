@@ -56,7 +56,8 @@ class Square(_Square):  # type: ignore[misc]
         ):
             raise ValueError(
                 "under norm='L2' its tiles fit quadratic images of 25 pixels or more (and some "
-                f"smaller ones), got {height} x {width}; leave it out, e.g. attacks=['pgd', 'apgd-ce', 'adaptive']."
+                f"smaller ones), got {height} x {width}; leave it out, e.g. "
+                "attacks=['pgd', 'apgd-ce', 'adaptive']."
             )
         queries, found = super().attack_single_run(x, y)
         self.queries = queries
