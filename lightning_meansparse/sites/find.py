@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.sites.candidates import Candidate, candidates
+from lightning_meansparse.sites.choice import Where, check_where, select, selects_nothing
 from lightning_meansparse.sites.guard import (
     check_example,
     check_model,
@@ -19,7 +20,6 @@ from lightning_meansparse.sites.guard import (
     untouched,
 )
 from lightning_meansparse.sites.probe import Probe
-from lightning_meansparse.sites.select import Where, check_where, select, selects_nothing
 from lightning_meansparse.sites.site import Site
 
 Example = Tensor | Mapping[str, Tensor]
