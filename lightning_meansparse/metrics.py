@@ -23,12 +23,12 @@ from lightning_meansparse.attacks import (
 
 
 class RobustAccuracy(Metric):
-    r"""Accuracy of a classifier under attack, as a per-sample worst case.
+    """Accuracy of a classifier under attack, as a per-sample worst case.
 
-    With :math:`c_i` whether sample :math:`i` is classified right and :math:`r_{i,a}` whether it is
-    on the example that attack :math:`a` found,
+    With c[i] whether sample i is classified right, and r[i, a] whether it is on the example that
+    attack a found,
 
-    .. math:: \text{worst} = \frac{1}{n} \sum_i c_i \prod_a r_{i,a}.
+        worst = 1/n · Σ_i c[i] · Π_a r[i, a]
 
     Only samples that still stand are attacked, one attack after the other, so
     ``robust_acc/<attack>`` is what is left after this attack *and all before it*: the values fall
@@ -39,7 +39,7 @@ class RobustAccuracy(Metric):
     As input to ``update``:
 
     - ``classifier``: a module from pixels to logits, e.g. a
-      :class:`~lightning_meansparse.classifier.Classifier`
+      `Classifier`
     - ``images``: float tensor ``(N, C, H, W)`` in [0, 1]
     - ``labels``: int64 tensor ``(N,)``
     - ``indices``: int64 tensor ``(N,)``, numbers of the samples in their data set; optional in one
@@ -50,17 +50,17 @@ class RobustAccuracy(Metric):
     ``robust_acc/<attack>`` for each attack, ``robust_acc/worst``.
 
     Args:
-        attacks: Suite, attack, or several, as :func:`~lightning_meansparse.attacks.resolve_attacks`
+        attacks: Suite, attack, or several, as `resolve_attacks`
             takes them.
         eps: Radius of the ball in pixel units; a number or a fraction such as ``"8/255"``.
         norm: ``"Linf"`` or ``"L2"``.
         seed: Seed of all attacks.
         batch_size: Samples per forward pass of an attack.
-        kwargs: Arguments of :class:`torchmetrics.Metric`.
+        kwargs: Arguments of `Metric`.
 
     Attributes:
         evaluation: Per-sample result of the last ``update``, an
-            :class:`~lightning_meansparse.attacks.Evaluation`.
+            `Evaluation`.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -25,7 +25,7 @@ def base_module(model: nn.Module) -> nn.Module:
     """The base network inside a wrapper, to which the site names in an adapter are relative.
 
     Looked through, in this order and as long as it goes on: ``torch.compile`` and
-    ``DistributedDataParallel`` wrappers; a :class:`~lightning_meansparse.classifier.Classifier`
+    ``DistributedDataParallel`` wrappers; a `Classifier`
     (its ``model``); a ``LightningModule`` with a ``classifier`` of that class; any other
     ``LightningModule`` whose parameters all belong to one child (metrics and losses without
     parameters do not count). Everything else is its own base.

@@ -58,7 +58,7 @@ def save_adapter(
 
     Args:
         model: A sparsified and calibrated model; a wrapper is looked through, see
-            :func:`base_module`.
+            `base_module`.
         directory: The folder; made if there is none.
         base: Name of the base model, such as ``"timm/resnet18"``. Taken from a ``Classifier`` in
             the model if not given.
@@ -124,7 +124,7 @@ def load_adapter(
     before the model is touched, and nothing is unpickled.
 
     Args:
-        model: The base model, or a wrapper around it, see :func:`base_module`.
+        model: The base model, or a wrapper around it, see `base_module`.
         source: A folder, a Lightning checkpoint (``.ckpt``) written with the callback in place, or
             an id on the Hugging Face Hub such as ``"org/name"``.
         revision: Branch, tag or commit on the Hub.
@@ -160,7 +160,7 @@ def load_adapter(
 
 
 def read_adapter(source: str | os.PathLike[str], *, revision: str | None = None) -> Adapter:
-    """Read and check an adapter without a model; see :func:`load_adapter`."""
+    """Read and check an adapter without a model; see `load_adapter`."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".ckpt":
         return from_checkpoint(torch.load(path, map_location="cpu", weights_only=True), str(path))
@@ -243,7 +243,7 @@ def describe(
 
 
 def insert(model: nn.Module, adapter: Adapter, *, check_base: bool = True) -> None:
-    """Put an adapter in memory onto a model, in place; errors as in :func:`load_adapter`."""
+    """Put an adapter in memory onto a model, in place; errors as in `load_adapter`."""
     if operators(model):
         raise ValueError("model is already sparsified. Call restore_(model) first.")
     candidates = scopes(model)

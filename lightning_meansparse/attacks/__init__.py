@@ -1,6 +1,6 @@
 """Attack suites and the evaluation that does not believe them.
 
-``resolve_attacks`` turns names into :class:`AttackSpec` s with every budget written out;
+``resolve_attacks`` turns names into `AttackSpec` s with every budget written out;
 ``evaluate`` runs them on a classifier in [0, 1] pixels, clips and re-scores every example, and
 returns per-sample flags. torchattacks is imported when the first attack is built.
 """

@@ -60,7 +60,7 @@ class APGD(StartedAttack):
             still stands.
         n_restarts: Number of runs; the first begins at the given start points, if any, the others
             at random.
-        loss: ``"ce"`` (see :func:`~lightning_meansparse.attacks.pgd.cross_entropy`), ``"dlr"``,
+        loss: ``"ce"`` (see `cross_entropy`), ``"dlr"``,
             ``"dlr-targeted"`` (one run per target class), or ``"margin"``.
         n_targets: Targets of ``"dlr-targeted"``: the most likely wrong classes of the clean image,
             at most classes − 1.
@@ -103,7 +103,7 @@ class APGD(StartedAttack):
         starts: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Outcome:
-        """See :meth:`~lightning_meansparse.attacks.pgd.StartedAttack.perturb_from`."""
+        """See `perturb_from`."""
         outcome = Outcome.empty(images)
         ball = Ball(images, self.eps, self.norm)
         indices = torch.arange(len(images)) if indices is None else indices.cpu()

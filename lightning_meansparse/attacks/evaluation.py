@@ -81,7 +81,7 @@ class Evaluation:
 class BaseExamples:
     """Adversarial examples of the base model for one batch, shared between alphas.
 
-    Give the same object to :func:`evaluate` for every alpha of one batch; a batch of its own needs
+    Give the same object to `evaluate` for every alpha of one batch; a batch of its own needs
     one of its own. Only attacks with ``start="base"`` ask for it. An example is made
     when it is first needed, and counts for the alpha that needed it.
     """
@@ -145,7 +145,7 @@ def evaluate(
         classifier: Float pixels in [0, 1], ``(N, C, H, W)``, to logits ``(N, classes)``.
         images: Clean images.
         labels: True classes, ``(N,)`` int64.
-        attacks: As :func:`~lightning_meansparse.attacks.resolve_attacks` takes them.
+        attacks: As `resolve_attacks` takes them.
         eps: Radius in pixel units, e.g. ``"8/255"``.
         norm: ``"Linf"`` or ``"L2"``.
         seed: All noise of a sample depends on this and on its index alone (attacks of other

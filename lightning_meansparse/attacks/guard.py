@@ -24,7 +24,7 @@ class Watched(nn.Module):
         device: Where its tensors are.
 
     Attributes:
-        forwards: Samples sent through the model since :meth:`reset`.
+        forwards: Samples sent through the model since `reset`.
         backwards: Samples whose gradient came back since then.
     """
 
@@ -148,7 +148,7 @@ def _forked_rng(device: torch.device) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all generators that an attack may draw from; call it inside :func:`attackable` only."""
+    """Seed all generators that an attack may draw from; call it inside `attackable` only."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

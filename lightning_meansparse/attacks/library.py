@@ -86,7 +86,7 @@ def check_attack(spec: AttackSpec, norm: str) -> None:
     """Refuse, before anything runs, an attack that is wrong or unsound under a norm.
 
     Raises:
-        ImportError: As :func:`attack_class`.
+        ImportError: As `attack_class`.
         ValueError: If the class does not take an option, or is not sound under ``norm``.
     """
     cls = attack_class(spec)

@@ -48,7 +48,7 @@ class Outcome:
 
 
 class StartedAttack(_Attack):  # type: ignore[misc]
-    """An attack with start points and sample numbers; a subclass writes :meth:`perturb_from`."""
+    """An attack with start points and sample numbers; a subclass writes `perturb_from`."""
 
     def __init__(self, name: str, model: nn.Module, *, eps: float, norm: str, seed: int) -> None:
         super().__init__(name, model)
@@ -144,7 +144,7 @@ class PGD(StartedAttack):
         starts: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Outcome:
-        """See :meth:`StartedAttack.perturb_from`."""
+        """See `perturb_from`."""
         outcome = Outcome.empty(images)
         ball = Ball(images, self.eps, self.norm)
         if indices is None:

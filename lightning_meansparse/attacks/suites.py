@@ -252,8 +252,8 @@ def resolve_attacks(
     """Turn names, class paths, dictionaries and specifications into one ordered suite.
 
     Args:
-        attacks: A name out of :data:`SUITES`, a class path (``"torchattacks.PGDL2"``), a dictionary
-            with the fields of :class:`AttackSpec` (``name`` may be left out), a specification, or a
+        attacks: A name out of `SUITES`, a class path (``"torchattacks.PGDL2"``), a dictionary
+            with the fields of `AttackSpec` (``name`` may be left out), a specification, or a
             sequence of these. A dictionary whose ``attack`` is a known name changes that attack:
             ``{"attack": "square", "options": {"n_queries": 5000}}``.
 

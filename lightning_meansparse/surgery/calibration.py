@@ -33,13 +33,13 @@ def calibrate_(
     call it, with its own share of the data and no sample on two ranks.
 
     Args:
-        model: A model with operators, see :func:`sparsify_`.
+        model: A model with operators, see `sparsify_`.
         batches: Images ``(N, C, H, W)`` as the model takes them: tensors, tuples or lists that
             begin with one, or dicts with ``"pixel_values"`` (passed by that name), ``"image"`` or
             ``"images"``. They are moved to the model's device.
         max_batches: Stop after so many batches.
         statistics: ``"pooled"`` (exact) or ``"official"`` (the authors' averaging), see
-            :class:`~lightning_meansparse.moments.ChannelMoments`.
+            `ChannelMoments`.
         progress: Show a progress bar.
 
     Raises:

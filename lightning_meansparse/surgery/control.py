@@ -82,7 +82,7 @@ def backward_rule(
     Args:
         model: A model, with or without operators.
         rule: ``"exact"``, ``"identity"`` or ``"smooth"``, see
-            :func:`~lightning_meansparse.layer.mean_sparse`.
+            `mean_sparse`.
         temperature: Softness of the ``"smooth"`` gate as a fraction of the half-width of the band.
 
     Raises:

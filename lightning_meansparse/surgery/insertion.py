@@ -30,14 +30,14 @@ def sparsify_(
     """Put a MeanSparse operator at every site, in place.
 
     The operators start without statistics, so outputs are bit-equal to the base model's until
-    :func:`calibrate_` has run and α is above 0. Everything that can fail is checked before the
+    `calibrate_` has run and α is above 0. Everything that can fail is checked before the
     model is touched.
 
     Args:
         model: The network; its class and ``state_dict`` keys stay as they are.
-        sites: Where, from :func:`~lightning_meansparse.find_sites` on this same module.
-        alpha: Half-width of the band in standard deviations, for every site; see :func:`set_alpha`.
-        center: The reference of the operators, see :class:`~lightning_meansparse.MeanSparse`.
+        sites: Where, from `find_sites` on this same module.
+        alpha: Half-width of the band in standard deviations, for every site; see `set_alpha`.
+        center: The reference of the operators, see `MeanSparse`.
 
     Raises:
         ValueError: If there are no sites, a site does not exist in ``model`` or is taken, or an
@@ -76,7 +76,7 @@ def sparsify_(
 
 
 def restore_(model: nn.Module) -> None:
-    """Take every operator out again: the exact inverse of :func:`sparsify_`, in place.
+    """Take every operator out again: the exact inverse of `sparsify_`, in place.
 
     Afterwards the model has the modules, hooks and outputs it had before. A model without operators
     is left alone.

@@ -30,7 +30,7 @@ _ASK = (
 def batch_indices(loader: Any) -> list[Tensor]:
     """Numbers of the samples of every batch that this loader gives on this rank, in order.
 
-    Of an :class:`~lightning_meansparse.ImageDataModule` the number is the row in the data set's own
+    Of an `ImageDataModule` the number is the row in the data set's own
     split, of other data the position in the loader's dataset.
 
     Args:

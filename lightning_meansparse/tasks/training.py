@@ -41,7 +41,7 @@ class AdversarialTraining(LightningModule):
     weights are trained on. Logs `train_loss`, `train_adv_acc` and, where it costs nothing,
     `train_clean_acc`; in validation `val_loss`, `val_clean_acc` and `val_adv_acc`. The last one is
     a short PGD to watch training with: report robust accuracies with
-    :class:`~lightning_meansparse.RobustAccuracy` or :class:`~lightning_meansparse.AlphaSweep`.
+    `RobustAccuracy` or `AlphaSweep`.
 
     [1] arXiv 1706.06083, Sec. 2. [2] arXiv 1901.08573, Eq. 5. [3] Pang et al., arXiv 2010.00467,
     Sec. 3.
@@ -70,7 +70,7 @@ class AdversarialTraining(LightningModule):
         seed: Of the attacks' start points, which never touch the global generators.
 
     Attributes:
-        classifier: The :class:`~lightning_meansparse.classifier.Classifier` being trained.
+        classifier: The `Classifier` being trained.
 
     Raises:
         ValueError: If a number is out of range or a choice unknown.
