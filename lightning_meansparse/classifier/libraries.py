@@ -231,12 +231,16 @@ def load_transformers(
         )
     else:
         model = factory.from_config(config)
+    mean, std, size = found if found else (None, None, None)
+    if channels is not None and found:
+        mean, std = for_channels(found[0], channels), for_channels(found[1], channels)
+        size = size and (channels, *size[1:])
     return Loaded(
         model,
         int(config.num_labels),
-        found and found[0],
-        found and found[1],
-        found and found[2],
+        mean,
+        std,
+        size,
         {"source": f"hf/{config.model_type}", "options": {"config": config.to_dict()}},
         revision=commit or revision,
     )
