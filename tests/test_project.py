@@ -270,6 +270,13 @@ def test_public_names_have_a_docstring_with_an_example(name: str) -> None:
         assert re.search(rf"\b{parameter}\b", doc), f"{name} does not describe {parameter!r}"
 
 
+def test_docstrings_are_markdown() -> None:
+    """The API reference reads Markdown and would show Sphinx's roles as they stand."""
+    for path in sources():
+        found = re.findall(r":(?:func|class|meth|data|mod|attr|math):`", path.read_text())
+        assert not found, f"{path.relative_to(ROOT)}: write `name` instead of {found}"
+
+
 def test_public_names_stand_in_the_api_reference() -> None:
     reference = (ROOT / "docs" / "api.md").read_text()
     listed = re.findall(r"^::: lightning_meansparse\.(\w+)$", reference, flags=re.MULTILINE)
