@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_meansparse.adapter import save_adapter
@@ -41,6 +41,8 @@ from lightning_meansparse.surgery import (
 )
 
 logger = logging.getLogger(__name__)
+
+_TRAINED = "Training itself has finished: the model holds the trained weights."
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 
@@ -73,12 +75,12 @@ class MeanSparseCallback(Callback):
     Args:
         alpha: Half-width of the band in standard deviations; or ``{glob over site names: number}``.
             Site names are relative to the ``LightningModule``, e.g. ``"net.layer1.0.act1@in"``.
-        where: Which sites, see :func:`~lightning_meansparse.find_sites`.
+        where: Which sites, see `find_sites`.
         dataloader: Batches to calibrate on, or a function that gives them. Used as they are.
         max_batches: At most this many batches, over all ranks together. Of the training data set,
             evenly spread samples are taken; of a given loader, its first batches.
         statistics: ``"pooled"`` (exact) or ``"official"`` (the authors' averaging).
-        center: What a sparsified value becomes, see :class:`~lightning_meansparse.MeanSparse`.
+        center: What a sparsified value becomes, see `MeanSparse`.
         save_to: Write an adapter into this folder after every calibration (not under
             ``fast_dev_run``).
         base: Name of the base model for the adapter, such as ``"timm/resnet18"``.
@@ -89,7 +91,7 @@ class MeanSparseCallback(Callback):
         ValueError: If an option is out of range.
         TypeError: If ``dataloader`` can be read only once, like a generator.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> callback = MeanSparseCallback(alpha=0.2, save_to="adapter")
         >>> trainer = Trainer(max_epochs=1, callbacks=[callback], logger=False)
@@ -151,6 +153,13 @@ class MeanSparseCallback(Callback):
         if self.save_to is not None and self.save_to.is_file():
             raise ValueError(f"save_to must be a folder, and {self.save_to} is a file.")
         if stage != TrainerFn.FITTING:
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(other, WeightAveraging):
+                    # A copy left over from fit, whose averages are in the model by now. It would
+                    # swap it with the model at every validation, tensor by tensor in tree order,
+                    # which operators change, and load a checkpoint's raw weights in place of the
+                    # averaged ones.
+                    other._average_model = None
             return
         if not is_overridden("forward", pl_module):
             raise ValueError(
@@ -164,7 +173,7 @@ class MeanSparseCallback(Callback):
                 "MeanSparseCallback(save_to=...) and load_adapter, or use strategy='ddp'."
             )
         if operators(pl_module):
-            logger.info("fit trains the base model: its operators are taken out until fit ends")
+            rank_zero_info("MeanSparse: fit trains the base model; operators are out until it ends")
         restore_(pl_module)
         # EMA and SWA callbacks before us in the list have copied the model in their setup, and walk
         # both side by side.
@@ -182,18 +191,12 @@ class MeanSparseCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Insert operators, calibrate, save."""
         self._remember(trainer, pl_module)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, WeightAveraging):
-                # Its averages are in the model since on_train_end. It would go on swapping them
-                # with the model's tensors at every validation, pairing them by position, and would
-                # load the raw weights of a checkpoint in place of the averaged ones.
-                other._average_model = None
         device = pl_module.device
         try:
             pl_module.to(trainer.strategy.root_device)
             self._calibrate(trainer, pl_module, {})
         except Exception as error:
-            error.add_note("Training itself has finished: the model holds the trained weights.")
+            error.add_note(_TRAINED)
             raise
         finally:
             pl_module.to(device)
@@ -202,7 +205,9 @@ class MeanSparseCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Say in what state an interrupted fit leaves the model."""
-        if trainer.state.fn == TrainerFn.FITTING and not operators(pl_module):
+        if trainer.state.fn != TrainerFn.FITTING or _TRAINED in getattr(exception, "__notes__", ()):
+            return
+        if trainer.is_global_zero:
             logger.warning(
                 "fit ended early (%s): the model is the base model, without operators. Resume with "
                 "trainer.fit(..., ckpt_path=...), or evaluate it: that calibrates it as it is.",
@@ -210,15 +215,15 @@ class MeanSparseCallback(Callback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See :meth:`_before_evaluation`."""
+        """See `_before_evaluation`."""
         self._before_evaluation(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See :meth:`_before_evaluation`."""
+        """See `_before_evaluation`."""
         self._before_evaluation(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See :meth:`_before_evaluation`."""
+        """See `_before_evaluation`."""
         self._before_evaluation(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,29 +261,33 @@ class MeanSparseCallback(Callback):
         if (saved.center, saved.statistics, state.get("where")) == asked:
             self._saved = saved
         else:
-            logger.info("the checkpoint's statistics are for another center, averaging or where")
+            rank_zero_info("MeanSparse: the checkpoint's statistics are for other options")
 
     def _before_evaluation(self, trainer: Trainer, model: LightningModule) -> None:
         """Make sure that the model is sparsified with statistics of the weights it has."""
         saved, self._saved = self._saved, None
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        calibrated = _calibrated(model)
-        if calibrated and provenance(model) != "stale":
+        before = alphas(model) if _calibrated(model) else {}
+        if before and provenance(model) != "stale":
+            if not isinstance(self.alpha, Mapping) and set(before.values()) != {self.alpha}:
+                rank_zero_info(
+                    f"MeanSparse: the model keeps the alpha that it has, not the callback's "
+                    f"{self.alpha}; use set_alpha(model, {self.alpha}) to change it"
+                )
             return
-        before = alphas(model) if calibrated else {}
         if saved is not None:
             restore_(model)
             try:
                 insert(model, saved)
             except ValueError as error:
-                logger.info("the statistics in the checkpoint are of no use: %s", error)
+                rank_zero_info(f"MeanSparse: the statistics in the checkpoint do not fit: {error}")
             else:
                 self._set_alpha(model, before)
-                logger.info("statistics taken from the checkpoint")
+                rank_zero_info("MeanSparse: statistics taken from the checkpoint")
                 return
-        reason = "belong to other weights" if calibrated else "are missing"
-        logger.warning("the statistics for these weights %s; calibrating", reason)
+        why = "belong to other weights" if before else "are missing"
+        rank_zero_info(f"MeanSparse: the statistics {why}, so they are measured now")
         self._calibrate(trainer, model, before)
 
     def _where_text(self) -> str | None:
@@ -296,7 +305,9 @@ class MeanSparseCallback(Callback):
                 if not operators(model):
                     sites = self._find_sites(trainer, model, data)
                     sparsify_(model, sites, center=self.center)
-                logger.info("calibrating %d sites on %s", len(operators(model)), data.origin)
+                rank_zero_info(
+                    f"MeanSparse: measuring {len(operators(model))} sites on {data.origin}"
+                )
                 counted = _Counted(data.batches(), trainer)
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
@@ -326,7 +337,7 @@ class MeanSparseCallback(Callback):
                 statistics=self.statistics,
                 calibration=facts,
             )
-            logger.info("adapter written to %s", self.save_to)
+            rank_zero_info(f"MeanSparse: adapter written to {self.save_to}")
         trainer.strategy.barrier("meansparse_adapter")
 
     def _data(self, trainer: Trainer, model: LightningModule) -> CalibrationData:
