@@ -5,6 +5,6 @@ from lightning_meansparse.sites.find import (
     UnreachableSitesError,
     find_sites,
 )
-from lightning_meansparse.sites.site import Site
+from lightning_meansparse.sites.record import Site
 
 __all__ = ["Site", "UndecidedChannelsError", "UnreachableSitesError", "find_sites"]

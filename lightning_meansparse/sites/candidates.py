@@ -10,7 +10,7 @@ from lightning_meansparse.sites import provenance
 from lightning_meansparse.sites.dataflow import Value
 from lightning_meansparse.sites.events import Call, Place, Sum
 from lightning_meansparse.sites.probe import Probe
-from lightning_meansparse.sites.site import Role, Side, Site
+from lightning_meansparse.sites.record import Role, Side, Site
 
 
 @dataclass(frozen=True)

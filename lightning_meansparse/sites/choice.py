@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 
 from lightning_meansparse.sites.candidates import Candidate
-from lightning_meansparse.sites.site import Role, Site
+from lightning_meansparse.sites.record import Role, Site
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 

@@ -20,7 +20,7 @@ from lightning_meansparse.sites.guard import (
     untouched,
 )
 from lightning_meansparse.sites.probe import Probe
-from lightning_meansparse.sites.site import Site
+from lightning_meansparse.sites.record import Site
 
 Example = Tensor | Mapping[str, Tensor]
 
