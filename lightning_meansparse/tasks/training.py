@@ -300,6 +300,15 @@ class AdversarialTraining(LightningModule):
                 f"with in_chans={channels}, or the data with channels={size[0]}"
             )
 
+    def on_fit_start(self) -> None:
+        """Put a classifier that is as a whole in eval mode, as one loaded by name is, to training.
+
+        Lightning keeps the mode it finds, and BatchNorm would stay frozen. A classifier in train
+        mode may have parts in eval mode on purpose: those are left alone.
+        """
+        if not self.classifier.training:
+            self.classifier.train()
+
     def on_fit_end(self) -> None:
         """Write the trained classifier, last of all: averaged weights are in place by now."""
         if self.save_to is not None and self.trainer.is_global_zero:
