@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_meansparse.cli.commands import COMMANDS, overview
-from lightning_meansparse.cli.errors import complain, one_line, unknown
+from lightning_meansparse.cli.errors import complain, explain, unknown
 
 __all__ = ["main"]
 
@@ -22,8 +22,8 @@ INTERRUPTED = 130
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (None: what the shell gave) and return the exit code.
 
-    0 when all went well, 2 for wrong input, 130 after Ctrl-C. Wrong input is told in one line; set
-    `MEANSPARSE_DEBUG=1` for the traceback.
+    0 when all went well, 2 for wrong input, 130 after Ctrl-C, 1 for a fault of the program.
+    Whatever it is, it is told in one line; `MEANSPARSE_DEBUG=1` shows the traceback.
     """
     words = list(sys.argv[1:] if args is None else args)
     command = words[0] if words else "--help"
@@ -39,16 +39,19 @@ def main(args: Sequence[str] | None = None) -> int:
         complain("meansparse", unknown(command, COMMANDS))
         return 2
     debug = os.environ.get("MEANSPARSE_DEBUG", "") not in ("", "0")
+    program = f"meansparse {command}"
     try:
         COMMANDS[command].load()(words[1:])
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        complain(f"meansparse {command}", "interrupted")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C into sys.exit(1); argparse leaves --help by sys.exit(0).
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(
+            stop.__context__, KeyboardInterrupt
+        ):
+            return stop.code if isinstance(stop.code, int) else 0
+        complain(program, "interrupted")
         return INTERRUPTED
     except Exception as error:
         if debug:
             raise
-        complain(f"meansparse {command}", one_line(error))
-        return 2
+        return explain(program, error)
     return 0

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# First: it sets the levels of its loggers when it is imported, which `calm` changes.
+import lightning.pytorch  # noqa: F401
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
@@ -34,12 +36,13 @@ def calm(console: Console, *, level: int = logging.WARNING) -> Iterator[None]:
         yield
         return
     ours = logging.getLogger("lightning_meansparse")
+    data = logging.getLogger("lightning_meansparse.data")
     theirs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
-    before = [(logger, logger.level) for logger in (ours, *theirs)]
+    before = [(logger, logger.level) for logger in (ours, data, *theirs)]
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    for logger in theirs:
+    for logger in (data, *theirs):
         logger.setLevel(level)
     try:
         with warnings.catch_warnings():

@@ -31,7 +31,10 @@ def run(args: Sequence[str]) -> None:
         if getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
-    from lightning_meansparse.cli.console import calm, make_console
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch and Lightning …"):
+        from lightning_meansparse.cli.console import calm, make_console
 
     console = make_console()
     with calm(console):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_meansparse.adapter.base import mark_measured, provenance
@@ -62,7 +63,9 @@ def calibrated(
             return None
         _log.warning("the weights have changed since the statistics were measured: once more")
     datamodule: Any = getattr(module.trainer, "datamodule", None)
-    if not any(hasattr(datamodule, f"{name}_dataloader") for name in ("calibration", "train")):
+    if not hasattr(datamodule, "calibration_dataloader") and not (
+        datamodule is not None and is_overridden("train_dataloader", datamodule)
+    ):
         raise RuntimeError(
             "AlphaSweep has no training images to calibrate on: give the trainer a datamodule with "
             "calibration_dataloader() or train_dataloader(), such as ImageDataModule, or the sweep "
@@ -78,8 +81,8 @@ def calibrated(
     counted = _Counted(data.batches())
     calibrate_(classifier, counted, statistics=statistics)
     mark_measured(classifier)
-    images_seen = summed(module, torch.tensor(float(counted.images), dtype=torch.float64))
-    return {"data": data.origin, "images": round(images_seen.item())}
+    images_seen = summed(torch.tensor(counted.images), module.device)
+    return {"data": data.origin, "images": int(images_seen)}
 
 
 class _Counted:

@@ -45,7 +45,7 @@ class SweepProgress:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._hidden: ProgressBar | None = None
-        self._shown = False
+        self._shown = self._draws = False
         self._done = 0.0
         self._total = 0.0
         self._step = 0
@@ -54,12 +54,13 @@ class SweepProgress:
         self._begun = self._told = 0.0
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take the place of the trainer's own bar, if it has one and this is a terminal."""
+        """Take the place of the trainer's own bar, if it has one."""
         if self.console is None:
             self.console = Console(stderr=True)
         own = trainer.progress_bar_callback
         self._shown = own is not None and trainer.is_global_zero
-        if own is not None and self.console.is_terminal:
+        self._draws = self._shown and (self.console.is_terminal or self.console.is_jupyter)
+        if own is not None:
             own.disable()
             self._hidden = own
 
@@ -69,7 +70,7 @@ class SweepProgress:
         self._total, self._done = batches * alphas * sum(self.work), 0.0
         self._begun = time.monotonic()
         self._told = self._begun
-        if self._shown and self.console is not None and self.console.is_terminal:
+        if self._draws:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),

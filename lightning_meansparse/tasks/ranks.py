@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import pyarrow as pa
 import torch
-from lightning.pytorch import LightningModule
+import torch.distributed as dist
 from torch import Tensor
 
 
-def merged_table(module: LightningModule, table: pa.Table) -> pa.Table:
+def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
     """Return the rows of all ranks on every rank, each sample once.
 
     Args:
-        module: Within a run of a trainer.
         table: This rank's records.
+        device: Where this rank's tensors are.
     """
-    if module.trainer.world_size == 1:
-        return _each_sample_once(table)
     # Bytes in a tensor, not gathered objects: nothing is unpickled, and every backend can do it.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    data = torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8).to(module.device)
-    sizes = _all(module, torch.tensor([len(data)], device=module.device)).flatten().tolist()
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=module.device)
+    data = torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8).to(device)
+    sizes = [int(size) for size in _gathered(torch.tensor([len(data)], device=device))]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     padded[: len(data)] = data
-    parts = _all(module, padded).reshape(len(sizes), -1).cpu().numpy()
     tables = [
-        pa.ipc.open_stream(part[:size].tobytes()).read_all()
-        for part, size in zip(parts, sizes, strict=True)
+        pa.ipc.open_stream(part[:size].cpu().numpy().tobytes()).read_all()
+        for part, size in zip(_gathered(padded), sizes, strict=True)
     ]
     return _each_sample_once(pa.concat_tables(tables))
 
 
-def summed(module: LightningModule, tensor: Tensor) -> Tensor:
+def summed(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the sum of a CPU tensor over ranks, on every rank."""
-    size = module.trainer.world_size
-    if size == 1:
-        return tensor
-    return _all(module, tensor.to(module.device)).reshape(size, *tensor.shape).sum(0).cpu()
+    return torch.stack(_gathered(tensor.to(device))).sum(0).cpu()
 
 
-def _all(module: LightningModule, tensor: Tensor) -> Tensor:
-    return cast(Tensor, module.all_gather(tensor))
+def _gathered(tensor: Tensor) -> list[Tensor]:
+    """One tensor per rank; by itself where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
 
 
 def _each_sample_once(table: pa.Table) -> pa.Table:

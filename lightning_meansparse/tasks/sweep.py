@@ -76,27 +76,27 @@ class AlphaSweep(LightningModule):
             sparsified and calibrated already keeps its operators and statistics.
         alphas: Thresholds to try, in standard deviations.
         attacks: Suite, name, class path, dictionary, or a list of these; see
-            :func:`~lightning_meansparse.attacks.resolve_attacks`.
+            `resolve_attacks`.
         eps: Radius of the ball in pixel units, a number or text such as `"8/255"`.
         norm: `"Linf"` or `"L2"`.
-        where: Sites, see :func:`~lightning_meansparse.find_sites`.
+        where: Sites, see `find_sites`.
         strict: Whether activations that cannot be reached are an error, or a warning.
         adapter: Folder or Hub id of an adapter; its sites and statistics are used, and nothing is
             calibrated.
         statistics: `"pooled"` (exact) or `"official"` (the authors' averaging).
-        center: What a replaced value becomes; see :class:`~lightning_meansparse.MeanSparse`.
+        center: What a replaced value becomes; see `MeanSparse`.
         calibration_batches: Calibrate on at most so many batches; None for all that the data give.
         test_alphas: What `trainer.test` measures beside the base: the `"chosen"` alpha, or `"all"`.
         output: Folder for records.parquet, sites.json and adapter/; None writes nothing.
         seed: Of all noise in the attacks.
 
     Attributes:
-        classifier: The sparsified :class:`~lightning_meansparse.classifier.Classifier`; after
+        classifier: The sparsified `Classifier`; after
             `validate` at the chosen alpha.
         alphas: All alphas, ascending, with 0.
         chosen_alpha: What `validate` chose; None before.
         summaries: Per split (`"held-out"`, `"test"`) one
-            :class:`~lightning_meansparse.records.AlphaSummary` per alpha.
+            `AlphaSummary` per alpha.
         notes: Anything to keep in the records' metadata, such as the command.
 
     Raises:
@@ -191,12 +191,7 @@ class AlphaSweep(LightningModule):
         return verdict(found[0])
 
     def setup(self, stage: str) -> None:
-        """Refuse to be trained."""
-        if stage == "fit":
-            raise RuntimeError(
-                "AlphaSweep trains nothing: use trainer.validate(sweep, ...), then "
-                "trainer.test(sweep, ...). AdversarialTraining trains."
-            )
+        """Show a progress bar that knows alphas and attacks, not only batches."""
         self.progress.take_over(self.trainer)
 
     def teardown(self, stage: str) -> None:
@@ -226,7 +221,7 @@ class AlphaSweep(LightningModule):
         """Choose alpha, log, and write what is known so far."""
         self._finish(HELD_OUT)
         self.chosen_alpha = choose_alpha(self.summaries[HELD_OUT])
-        self.log("chosen_alpha", self.chosen_alpha)
+        self._log_exactly("chosen_alpha", self.chosen_alpha)
         if operators(self.classifier):
             set_alpha(self.classifier, self.chosen_alpha)
             self._describe_sites()
@@ -323,23 +318,27 @@ class AlphaSweep(LightningModule):
     def _finish(self, split: str) -> None:
         """Merge the ranks' rows, each sample once, and log what they say."""
         self.progress.end()
-        table = merged_table(self, pa.concat_tables(self._tables))
+        table = merged_table(pa.concat_tables(self._tables), self.device)
         self._records[split] = table
         self.summaries[split] = summarize(table, split=split)
         for summary in self.summaries[split]:
             at = f"alpha_{summary.alpha:g}"
-            self.log(f"clean_acc/{at}", summary.clean.value)
+            self._log_exactly(f"clean_acc/{at}", summary.clean.value)
             for attack, share in summary.robust.items():
-                self.log(f"robust_acc/{attack}/{at}", share.value)
-            self.log(f"robust_acc/worst/{at}", summary.worst.value)
-            self.log(f"gain/worst/{at}", summary.gain.value)
-            self.log(f"gain/worst_se/{at}", summary.gain.se)
+                self._log_exactly(f"robust_acc/{attack}/{at}", share.value)
+            self._log_exactly(f"robust_acc/worst/{at}", summary.worst.value)
+            self._log_exactly(f"gain/worst/{at}", summary.gain.value)
+            self._log_exactly(f"gain/worst_se/{at}", summary.gain.se)
+
+    def _log_exactly(self, name: str, value: float) -> None:
+        # All ranks hold the same merged number; the largest of equals is it, a mean may round.
+        self.log(name, value, sync_dist=True, reduce_fx="max")
 
     def _describe_sites(self) -> None:
         """Shares replaced on all held-out images; one channel's histogram on some of them."""
         if self._occupancy is None:
             return
-        self._occupancy.reduce(partial(summed, self))
+        self._occupancy.reduce(partial(summed, device=self.device))
         shown = self.chosen_alpha or self.alphas[len(self.alphas) // 2]
         histogram = None
         if shown and self.trainer.is_global_zero:

@@ -293,11 +293,11 @@ class AdversarialTraining(LightningModule):
                 f"model gives {self.classifier.num_classes} logits, but the data has {classes} "
                 f"classes; build the model with num_classes={classes}"
             )
-        size = self.classifier.input_size
-        if channels is not None and size is not None and channels != size[0]:
+        takes = self.classifier.in_chans
+        if None not in (channels, takes) and channels != takes:
             raise ValueError(
-                f"model takes {size[0]} channels, but the images have {channels}; build the model "
-                f"with in_chans={channels}, or the data with channels={size[0]}"
+                f"model takes {takes} channels, but the images have {channels}; build the model "
+                f"with in_chans={channels}, or the data with channels={takes}"
             )
 
     def on_fit_start(self) -> None:
