@@ -13,6 +13,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
+# Python keeps its compiled files: without them every process would compile torch and friends anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test lint format docs docs-serve bench api clean
 
 help: ## list the targets
