@@ -28,6 +28,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_meansparse.surgery import model_input
+
 logger = logging.getLogger(__name__)
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -101,6 +103,29 @@ def calibration_data(
             "and leave the callback out; or leave it out to evaluate the base model."
         )
     return _training_data(_only_one(loader), origin, trainer, max_batches)
+
+
+class Counted:
+    """Batches on the device, with a count of the images that went by."""
+
+    def __init__(self, batches: Iterable[Any], trainer: Trainer) -> None:
+        self.batches = batches
+        self.trainer = trainer
+        self.images = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            moved = to_device(self.trainer, batch)
+            args, kwargs = model_input(moved)
+            self.images += len(next(iter((*args, *kwargs.values()))))
+            yield moved
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """The batch as an evaluation step would get it, through the same hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batchto_device(batch, dataloader_idx=0)
 
 
 def _as_given(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +26,13 @@ from lightning_meansparse.adapter import save_adapter
 from lightning_meansparse.adapter.base import mark_measured, provenance
 from lightning_meansparse.adapter.files import describe, from_checkpoint, insert
 from lightning_meansparse.adapter.format import Adapter
-from lightning_meansparse.callback.batches import CalibrationData, Source, calibration_data
+from lightning_meansparse.callback.batches import (
+    CalibrationData,
+    Counted,
+    Source,
+    calibration_data,
+    to_device,
+)
 from lightning_meansparse.layer import Center, check_alpha, check_center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
@@ -308,7 +314,7 @@ class MeanSparseCallback(Callback):
                 rank_zero_info(
                     f"MeanSparse: measuring {len(operators(model))} sites on {data.origin}"
                 )
-                counted = _Counted(data.batches(), trainer)
+                counted = Counted(data.batches(), trainer)
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
                 mark_measured(model)
@@ -353,7 +359,7 @@ class MeanSparseCallback(Callback):
     def _find_sites(
         self, trainer: Trainer, model: LightningModule, data: CalibrationData
     ) -> tuple[Site, ...]:
-        args, kwargs = model_input(_to_device(trainer, data.example()))
+        args, kwargs = model_input(to_device(trainer, data.example()))
         example = {k: v[:2] for k, v in kwargs.items()} if kwargs else args[0][:2]
         return find_sites(model, example, where=self.where, strict=self.strict)
 
@@ -381,26 +387,3 @@ class MeanSparseCallback(Callback):
 
 def _calibrated(model: nn.Module) -> bool:
     return any(bool(op.var.any()) for op in operators(model).values())
-
-
-class _Counted:
-    """Batches on the device, with a count of the images that went by."""
-
-    def __init__(self, batches: Iterable[Any], trainer: Trainer) -> None:
-        self.batches = batches
-        self.trainer = trainer
-        self.images = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            moved = _to_device(self.trainer, batch)
-            args, kwargs = model_input(moved)
-            self.images += len(next(iter((*args, *kwargs.values()))))
-            yield moved
-
-
-def _to_device(trainer: Trainer, batch: Any) -> Any:
-    """The batch as an evaluation step would get it, through the same hooks."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
