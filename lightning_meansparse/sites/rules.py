@@ -220,7 +220,7 @@ MOVES = RESHAPE | names(
     """
     permute transpose t slice select unbind split split_with_sizes chunk expand unsqueeze squeeze
     as_strided diagonal unfold narrow roll flip repeat tile index index_select gather rot90
-    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril triu
+    repeat_interleave channel_shuffle native_channel_shuffle tril triu
     """
 )
 COPIES = names("clone _to_copy detach alias lift_fresh contiguous positive")
@@ -268,14 +268,15 @@ _RULES: dict[Rule, frozenset[str]] = {
         native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
         _batch_norm_with_update cudnn_batch_norm miopen_batch_norm native_layer_norm
         native_group_norm _fused_rms_norm _softmax _log_softmax _safe_softmax cumsum cumprod renorm
-        native_dropout bernoulli sort topk max_pool1d max_pool2d mkldnn_max_pool2d
+        native_dropout bernoulli glu sort topk max_pool1d max_pool2d mkldnn_max_pool2d
         max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
         adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d
         upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d
         _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d
         grid_sampler_2d constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
-        replication_pad1d replication_pad2d replication_pad3d _fft_r2c _fft_c2r _fft_c2c
+        replication_pad1d replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle
+        _fft_r2c _fft_c2r _fft_c2c
         """
     ),
     # Elementwise operations carry PyTorch's own `pointwise` tag; these few lack it.
