@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_meansparse.cli.words import Words
 
@@ -122,7 +122,7 @@ def demonstrate(
         seed=seed,
     )
     callback = MeanSparseCallback(alpha=0.2)
-    options = {
+    options: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
