@@ -125,7 +125,7 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     """The batch as an evaluation step would get it, through the same hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batchto_device(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _as_given(
