@@ -33,6 +33,9 @@ import torch
 
 torch.set_num_threads(1)
 
+# Or --doctest-modules would look for examples in them and trip over their common name.
+collect_ignore_glob = ["*conftest.py"]
+
 
 def pytest_unconfigure() -> None:
     """Remove what data sets and hubs cached during the run."""
