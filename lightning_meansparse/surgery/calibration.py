@@ -48,7 +48,9 @@ def calibrate_(
             finite.
 
     Examples:
-        >>> from lightning_meansparse import find_sites
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_meansparse import calibrate_, find_sites, sparsify_
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
         >>> calibrate_(model, [torch.rand(16, 3, 8, 8) for _ in range(4)])

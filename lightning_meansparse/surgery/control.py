@@ -26,7 +26,10 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
         ValueError: If a number is negative or not finite, or a glob matches no site.
 
     Examples:
-        >>> from lightning_meansparse import find_sites
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_meansparse import find_sites, set_alpha, sparsify_
+        >>> from lightning_meansparse.surgery import alphas
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GELU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)))
         >>> set_alpha(model, {"*": 0.1, "3@in": 0.3})
@@ -89,7 +92,9 @@ def backward_rule(
         ValueError: If ``rule`` or ``temperature`` is out of range.
 
     Examples:
-        >>> from lightning_meansparse import find_sites
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_meansparse import backward_rule, find_sites, sparsify_
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
         >>> with backward_rule(model, "smooth"):

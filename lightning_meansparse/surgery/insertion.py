@@ -44,7 +44,10 @@ def sparsify_(
             option is out of range.
 
     Examples:
-        >>> from lightning_meansparse import find_sites
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_meansparse import find_sites, sparsify_
+        >>> from lightning_meansparse.surgery import alphas
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
         >>> alphas(model)
@@ -82,7 +85,10 @@ def restore_(model: nn.Module) -> None:
     is left alone.
 
     Examples:
-        >>> from lightning_meansparse import find_sites
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_meansparse import find_sites, restore_, sparsify_
+        >>> from lightning_meansparse.surgery import alphas
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
         >>> restore_(model)
