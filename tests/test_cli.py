@@ -86,7 +86,8 @@ def test_help_of_a_command_shows_what_it_does_and_an_example(command, capsys):
     known = COMMANDS[command]
     assert known.example in text
     assert " ".join(known.summary.split()) in " ".join(text.split())
-    assert "--model.eps" in text
+    assert text.index("--model.eps") < text.index("--data.dataset") < text.index("--trainer.m")
+    assert text.startswith(f"usage: meansparse {command} --config FILE")
     assert "Radius of the ball in pixel units" in " ".join(text.split())
 
 
@@ -232,13 +233,20 @@ def test_recipes_hold_what_the_package_ships():
 def test_the_demo_tells_writes_and_ends_well(classifier, in_tmp_path):
     console = Console(file=io.StringIO(), width=120)
     sweep = demonstrate(
-        console, Path("shown"), images=10, test_images=6, steps=2, checkpoint=Path(classifier)
+        console,
+        Path("shown"),
+        images=10,
+        test_images=6,
+        steps=2,
+        checkpoint=Path(classifier),
+        alphas=[0.2, 0.6],
+        attacks=json.loads(CHEAP),
     )
     text = console.file.getvalue()
     for part in ("1/4 Fine-tune", "2/4 Sweep", "3/4 Test", "4/4 Report", "shown/report.html"):
         assert part in text
     assert sweep.verdict.split(":")[0] in text
-    assert len(sweep.alphas) == 6
+    assert len(sweep.alphas) == 3
     table, _ = read_records("shown/records.parquet")
     assert splits(table) == (HELD_OUT, TEST)
     written = {path.name for path in Path("shown").iterdir()}

@@ -37,10 +37,18 @@ class RecipeCLI(LightningCLI):
             },
             parser_kwargs={
                 "prog": f"meansparse {command}",
+                "usage": f"meansparse {command} --config FILE [--SECTION.OPTION VALUE ...]",
                 "description": f"{known.summary}\n\nExample: {known.example}",
                 "exit_on_error": False,
             },
         )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Put what is ours first in the help; a Trainer has sixty options more."""
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self._datamodule_class, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": v for name, v in self.trainer_defaults.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given words; LightningCLI would warn that there are others in sys.argv."""
