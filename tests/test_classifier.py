@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 from collections import namedtuple
 from pathlib import Path
@@ -342,6 +343,18 @@ def test_a_saved_demo_network_is_the_same_again(tmp_path: Path) -> None:
     assert load_classifier(tmp_path, mean=0, std=1).mean.flatten().tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="num_classes=3 would have no effect"):
         load_classifier(tmp_path, num_classes=3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_readable_for_whom_the_umask_lets(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = save_classifier(load_classifier(ConvNet(width=4)), tmp_path / "own")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors"], 0o666 & ~umask)
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -166,7 +166,11 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name and put it in place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # save_model puts a private file (0600) in place, whatever the umask allows to others.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
