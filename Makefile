@@ -67,7 +67,7 @@ docs-serve: $(READY) ## show the documentation while you edit it
 	@$(BIN)/mkdocs serve
 
 bench: $(READY) ## measure the cost of the operator, the calibration and an attack
-	@$(BIN)/python -m pytest -q -m "" tests/benchmarks $(ARGS)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 api: $(READY) ## write tests/public_api.txt anew after a wanted change of the public names
 	@$(BIN)/python tests/test_project.py

@@ -254,7 +254,7 @@ def jsonargparse_like(instantiate, cls, **given):
 )
 def test_one_cycle_spans_the_whole_training(factory):
     task = AdversarialTraining(
-        linear(), method="none", lr_scheduler=factory, lr_interval="step", val_steps=0
+        linear(), method="none", eps=EPS, lr_scheduler=factory, lr_interval="step", val_steps=0
     )
     rates = []
 
@@ -271,7 +271,7 @@ def test_one_cycle_spans_the_whole_training(factory):
 
 def test_total_steps_count_epochs_when_the_schedule_does():
     task = AdversarialTraining(
-        linear(), method="none", lr_scheduler=partial(OneCycleLR, max_lr=0.1), val_steps=0
+        linear(), method="none", eps=EPS, lr_scheduler=partial(OneCycleLR, max_lr=0.1), val_steps=0
     )
     run = trainer(max_epochs=3)
     with pytest.warns(RuntimeWarning, match="didn't mean 'interval': 'step'"):
@@ -280,7 +280,7 @@ def test_total_steps_count_epochs_when_the_schedule_does():
 
 
 def test_total_steps_of_an_endless_training_is_an_error():
-    task = AdversarialTraining(linear(), lr_scheduler=partial(OneCycleLR, max_lr=0.1))
+    task = AdversarialTraining(linear(), eps=EPS, lr_scheduler=partial(OneCycleLR, max_lr=0.1))
     with pytest.raises(ValueError, match=r"max_epochs or max_steps"):
         trainer(max_epochs=-1).fit(task, data())
 
@@ -303,6 +303,7 @@ def test_any_optimizer_and_schedule(schedule, interval, last):
     task = AdversarialTraining(
         linear(),
         method="none",
+        eps=EPS,
         optimizer=lambda p: Lamb(p, lr=0.1),
         lr_scheduler=schedule,
         lr_interval=interval,
@@ -355,15 +356,15 @@ def test_checkpoints_load_without_unpickling(tmp_path):
 )
 def test_wrong_options_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
-        AdversarialTraining(linear(), **options)
+        AdversarialTraining(linear(), **{"eps": EPS, **options})
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused():
     with pytest.raises(ValueError, match="num_classes=2"):
-        trainer(max_steps=1).fit(AdversarialTraining(ConvNet(width=2)), data())
+        trainer(max_steps=1).fit(AdversarialTraining(ConvNet(width=2), eps=EPS), data())
     with pytest.raises(ValueError, match="in_chans=1"):
         trainer(max_steps=1).fit(
-            AdversarialTraining(ConvNet(in_chans=3, num_classes=2, width=2)), data()
+            AdversarialTraining(ConvNet(in_chans=3, num_classes=2, width=2), eps=EPS), data()
         )
 
 
@@ -447,7 +448,9 @@ def trained():
     """A network that has learned something, so that attacks have something to break."""
     torch.manual_seed(0)
     network = net()
-    task = AdversarialTraining(network, method="none", optimizer=lambda p: AdamW(p, lr=0.02))
+    task = AdversarialTraining(
+        network, method="none", eps=EPS, optimizer=lambda p: AdamW(p, lr=0.02)
+    )
     trainer(max_epochs=3, limit_val_batches=0).fit(task, data())
     return network.eval()
 
@@ -545,8 +548,8 @@ def test_statistics_that_are_there_are_kept_and_stale_ones_are_not(trained, tmp_
 
 
 def test_a_task_hands_over_its_classifier(trained):
-    task = AdversarialTraining(trained)
-    assert AlphaSweep(task, attacks="fgsm").classifier is task.classifier
+    task = AdversarialTraining(trained, eps=EPS)
+    assert AlphaSweep(task, attacks="fgsm", eps=EPS).classifier is task.classifier
 
 
 def test_two_processes_measure_what_one_does(trained, tmp_path):

@@ -16,8 +16,8 @@ import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -28,7 +28,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_meansparse.surgery import model_input
+from lightning_meansparse.surgery import images_in
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,7 @@ class Counted:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
             moved = to_device(self.trainer, batch)
-            args, kwargs = model_input(moved)
-            self.images += len(next(iter((*args, *kwargs.values()))))
+            self.images += len(images_in(moved))
             yield moved
 
 

@@ -17,9 +17,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_meansparse.adapter import save_adapter
@@ -39,7 +39,7 @@ from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
     alphas,
     calibrate_,
-    model_input,
+    images_in,
     operators,
     restore_,
     set_alpha,
@@ -359,8 +359,7 @@ class MeanSparseCallback(Callback):
     def _find_sites(
         self, trainer: Trainer, model: LightningModule, data: CalibrationData
     ) -> tuple[Site, ...]:
-        args, kwargs = model_input(to_device(trainer, data.example()))
-        example = {k: v[:2] for k, v in kwargs.items()} if kwargs else args[0][:2]
+        example = images_in(to_device(trainer, data.example()))[:2]
         return find_sites(model, example, where=self.where, strict=self.strict)
 
     def _remember(self, trainer: Trainer, model: LightningModule) -> None:

@@ -62,7 +62,9 @@ def results_table(summaries: list[AlphaSummary], *, chosen: float | None = None)
         summaries: Of one split.
         chosen: The alpha to mark.
     """
-    columns = [alpha_column(summaries), *result_columns(summaries)]
+    # Without n, which the heading above says: the rest fits a terminal of 80 columns.
+    shown = [column for column in result_columns(summaries) if column.head != "n"]
+    columns = [alpha_column(summaries), *shown]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         style = {"worst": "bold", "apparent": "dim"}.get(column.kind)

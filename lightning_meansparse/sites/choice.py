@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Callable, Sequence
 
 from lightning_meansparse.sites.candidates import Candidate
-from lightning_meansparse.sites.record import Role, Site
+from lightning_meansparse.sites.record import Role, Site, match
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 
@@ -53,8 +52,7 @@ def _matching(found: list[Candidate], globs: list[str]) -> list[Candidate]:
     names = [str(c.site) for c in found]
     chosen: set[str] = set()
     for glob in globs:
-        # Exact names first: the brackets of `blocks.2@out[0]` are no character class.
-        hits = [n for n in names if n == glob] or [n for n in names if fnmatch.fnmatchcase(n, glob)]
+        hits = match(glob, names)
         if not hits:
             raise ValueError(
                 f"where: {glob!r} matches none of the {len(names)} places of this model. "

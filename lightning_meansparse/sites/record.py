@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,3 +132,14 @@ class Site:
             role=role,
             kind=kind,
         )
+
+
+def match(glob: str, names: Iterable[str]) -> list[str]:
+    """The names that a glob means: `*` and `?` only, for brackets are part of names.
+
+    Examples:
+        >>> match("blocks.*@out[0]", ["blocks.0@out[0]", "blocks.0@out[1]", "head@in"])
+        ['blocks.0@out[0]']
+    """
+    literal = glob.replace("[", "[[]")
+    return [name for name in names if fnmatch.fnmatchcase(name, literal)]

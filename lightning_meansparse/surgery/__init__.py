@@ -4,18 +4,23 @@ The only room that changes a model, and the model is the only state: everything 
 operators by walking it.
 """
 
-from lightning_meansparse.surgery.calibration import calibrate_, evaluating, model_input
-from lightning_meansparse.surgery.control import alpha_set, alphas, backward_rule, match, set_alpha
+from lightning_meansparse.surgery.calibration import (
+    IMAGE_KEYS,
+    calibrate_,
+    evaluating,
+    images_in,
+)
+from lightning_meansparse.surgery.control import alpha_set, alphas, backward_rule, set_alpha
 from lightning_meansparse.surgery.insertion import operators, restore_, sparsify_
 
 __all__ = [
+    "IMAGE_KEYS",
     "alpha_set",
     "alphas",
     "backward_rule",
     "calibrate_",
     "evaluating",
-    "match",
-    "model_input",
+    "images_in",
     "operators",
     "restore_",
     "set_alpha",

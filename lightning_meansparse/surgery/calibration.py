@@ -16,6 +16,9 @@ from lightning_meansparse.moments import ChannelMoments, Statistics
 from lightning_meansparse.surgery.control import alpha_set
 from lightning_meansparse.surgery.insertion import operators, shorten
 
+# What data sets and processors call the images of a batch.
+IMAGE_KEYS = ("image", "images", "pixel_values")
+
 
 def calibrate_(
     model: nn.Module,
@@ -35,8 +38,8 @@ def calibrate_(
     Args:
         model: A model with operators, see `sparsify_`.
         batches: Images ``(N, C, H, W)`` as the model takes them: tensors, tuples or lists that
-            begin with one, or dicts with ``"pixel_values"`` (passed by that name), ``"image"`` or
-            ``"images"``. They are moved to the model's device.
+            begin with one, or dicts with ``"image"``, ``"images"`` or ``"pixel_values"``. They
+            are moved to the model's device and given as its first argument.
         max_batches: Stop after so many batches.
         statistics: ``"pooled"`` (exact) or ``"official"`` (the authors' averaging), see
             `ChannelMoments`.
@@ -68,20 +71,16 @@ def calibrate_(
     }
     device = next(iter(found.values())).mean.device
     if progress:
-        total = min(
-            t
-            for t in (max_batches, len(batches) if isinstance(batches, Sized) else None, 10**9)
-            if t is not None
-        )
-        batches = track(batches, description="Calibrating", total=total if total < 10**9 else None)
+        length = len(batches) if isinstance(batches, Sized) else max_batches
+        total = length if max_batches is None or length is None else min(length, max_batches)
+        batches = track(batches, description="Calibrating", total=total)
     handles = [
         op.register_forward_pre_hook(partial(_observe, moments[name])) for name, op in found.items()
     ]
     try:
         with torch.no_grad(), evaluating(model), alpha_set(model, 0.0):
             for batch in islice(batches, max_batches):
-                args, kwargs = model_input(batch)
-                model(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
+                model(images_in(batch).to(device))
     finally:
         for handle in handles:
             handle.remove()
@@ -129,20 +128,21 @@ def _observe(moments: ChannelMoments, module: nn.Module, args: tuple[Tensor, ...
     moments.update(args[0])
 
 
-def model_input(batch: object) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword arguments of the forward call for one batch."""
+def images_in(batch: object) -> Tensor:
+    """The images ``(N, C, H, W)`` of a batch, in whichever of the usual forms a loader gives it.
+
+    Raises:
+        ValueError: If it is none of a tensor, a sequence that begins with one, or a dict with one.
+    """
     if isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
         batch = batch[0]
     if isinstance(batch, Mapping):
-        for key in ("pixel_values", "image", "images"):
-            if isinstance(batch.get(key), Tensor):
-                return ((), {key: batch[key]}) if key == "pixel_values" else ((batch[key],), {})
+        batch = next((batch[key] for key in IMAGE_KEYS if key in batch), batch)
     if isinstance(batch, Tensor):
-        return (batch,), {}
+        return batch
     raise ValueError(
-        "batches must hold image tensors, tuples that begin with one, or dicts with "
-        "'pixel_values', 'image' or 'images'; "
-        f"got {type(batch).__name__}"
+        f"batches must hold image tensors, tuples that begin with one, or dicts with one of "
+        f"{', '.join(map(repr, IMAGE_KEYS))}; got {type(batch).__name__}"
         + (f" with keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "")
         + "."
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from lightning_meansparse.layer import Backward, check_alpha, check_backward
+from lightning_meansparse.sites.record import match
 from lightning_meansparse.surgery.insertion import operators, shorten
 
 
@@ -109,9 +109,3 @@ def backward_rule(
     finally:
         for op, old_rule, old_temperature in before:
             op.backward, op.temperature = old_rule, old_temperature
-
-
-def match(pattern: str, names: Iterable[str]) -> list[str]:
-    """The site names that a glob means; brackets are literal, as in ``blocks.2@out[0]``."""
-    literal = pattern.replace("[", "[[]")
-    return [name for name in names if fnmatch.fnmatchcase(name, literal)]

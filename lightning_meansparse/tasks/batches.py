@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-IMAGES = ("image", "images", "pixel_values")
+from lightning_meansparse.surgery import IMAGE_KEYS
+
 LABELS = ("label", "labels")
 
 
@@ -30,7 +31,8 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     pair: list[Any] = []
     if isinstance(batch, Mapping):
         pair = [
-            next((batch[key] for key in keys if key in batch), None) for keys in (IMAGES, LABELS)
+            next((batch[key] for key in keys if key in batch), None)
+            for keys in (IMAGE_KEYS, LABELS)
         ]
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         pair = list(batch[:2])
@@ -40,6 +42,6 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, Mapping):
         got += f" with keys {sorted(map(str, batch))}"
     raise TypeError(
-        f"a batch must be (images, labels) or a dict with one of {', '.join(IMAGES)} and one of "
-        f"{', '.join(LABELS)}, all tensors; got {got}. ImageDataModule gives such batches."
+        f"a batch must be (images, labels) or a dict with one of {', '.join(IMAGE_KEYS)} and one "
+        f"of {', '.join(LABELS)}, all tensors; got {got}. ImageDataModule gives such batches."
     )

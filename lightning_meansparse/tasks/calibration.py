@@ -20,8 +20,9 @@ from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
     calibrate_,
     evaluating,
-    model_input,
+    images_in,
     operators,
+    restore_,
     sparsify_,
 )
 from lightning_meansparse.tasks.ranks import summed
@@ -73,13 +74,16 @@ def calibrated(
         )
     data = calibration_data(module.trainer, module, None, max_batches=max_batches)
     if not found:
-        args, kwargs = model_input(data.example())
-        images = next(iter((*args, *kwargs.values())))[:2].to(module.device)
+        images = images_in(data.example())[:2].to(module.device)
         sites = _sites(classifier, images, where, strict=strict)
         sparsify_(classifier.model, sites, center=center)
     _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
     counted = _Counted(data.batches())
-    calibrate_(classifier, counted, statistics=statistics)
+    try:
+        calibrate_(classifier, counted, statistics=statistics)
+    except BaseException:
+        restore_(classifier)  # operators without statistics would pass for a sparsified model
+        raise
     mark_measured(classifier)
     images_seen = summed(torch.tensor(counted.images), module.device)
     return {"data": data.origin, "images": int(images_seen)}
@@ -94,8 +98,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            args, kwargs = model_input(batch)
-            self.images += len(next(iter((*args, *kwargs.values()))))
+            self.images += len(images_in(batch))
             yield batch
 
 

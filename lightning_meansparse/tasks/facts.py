@@ -6,20 +6,44 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.records import AlphaSummary, verdict
+
+if TYPE_CHECKING:
+    from lightning_meansparse.tasks.sweep import AlphaSweep
 
 
 def about_data(datamodule: Any) -> dict[str, Any]:
     """Name and fingerprint of what a datamodule holds."""
     dataset = getattr(datamodule, "dataset", None)
-    if isinstance(dataset, Path) or (isinstance(dataset, str) and Path(dataset).exists()):
-        # The rest of a path says where somebody keeps it, not what it is.
-        name = Path(dataset).name
-    else:
-        name = dataset if isinstance(dataset, str) else type(datamodule).__name__
-    return {"name": name, "fingerprint": getattr(datamodule, "fingerprint", None)}
+    named = isinstance(dataset, str | Path)
+    return {
+        "name": _without_place(str(dataset)) if named else type(datamodule).__name__,
+        "fingerprint": getattr(datamodule, "fingerprint", None),
+    }
+
+
+def about_model(classifier: Classifier) -> str:
+    """Name of a classifier, or the class of its network if it came without one."""
+    source = classifier.source
+    return type(classifier.model).__name__ if source is None else _without_place(source)
+
+
+def _without_place(source: str) -> str:
+    """The last name of a path: the rest says where somebody keeps it, not what it is."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def settings(sweep: AlphaSweep) -> dict[str, Any]:
+    """How a sweep attacks."""
+    return {
+        "eps": sweep.eps,
+        "norm": sweep.norm,
+        "attacks": [spec.as_dict() for spec in sweep.attacks],
+        "seed": sweep.seed,
+    }
 
 
 def result(summary: AlphaSummary) -> dict[str, Any]:

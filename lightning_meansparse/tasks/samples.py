@@ -7,6 +7,7 @@ distributed sampler, whose padding repeats samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_meansparse.data.module import ImagePart
+from lightning_meansparse.surgery import images_in
 
 _ASK = (
     "Give a DataLoader over a dataset with __len__ and __getitem__, with shuffle=False; "
@@ -84,3 +86,14 @@ def _is_random(loader: DataLoader[Any]) -> bool:
         isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
         for sampler in samplers
     )
+
+
+def first_images(loader: Any, device: torch.device, *, at_least: int = 512) -> Iterator[Tensor]:
+    """Batches of images from the beginning of a Trainer's evaluation loader."""
+    seen = 0
+    for batch in loader[0] if isinstance(loader, list | tuple) else loader:
+        if seen >= at_least:
+            return
+        images = images_in(batch)
+        seen += len(images)
+        yield images.to(device)

@@ -41,17 +41,15 @@ from lightning_meansparse.surgery import alpha_set, operators, set_alpha
 from lightning_meansparse.tasks.ascent import Norm
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
-from lightning_meansparse.tasks.facts import about_data, result, write_json
+from lightning_meansparse.tasks.facts import about_data, about_model, result, settings, write_json
 from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
 from lightning_meansparse.tasks.ranks import merged_table, summed
-from lightning_meansparse.tasks.samples import batch_indices
+from lightning_meansparse.tasks.samples import batch_indices, first_images
 
 _log = logging.getLogger(__name__)
 
 Attacks = str | Sequence[str | dict[str, Any] | AttackSpec]
-
-_HISTOGRAM_IMAGES = 512
 
 
 class AlphaSweep(LightningModule):
@@ -75,8 +73,7 @@ class AlphaSweep(LightningModule):
         model: A classifier of pixels in [0, 1], or whatever `load_classifier` takes. One that is
             sparsified and calibrated already keeps its operators and statistics.
         alphas: Thresholds to try, in standard deviations.
-        attacks: Suite, name, class path, dictionary, or a list of these; see
-            `resolve_attacks`.
+        attacks: Suite, name, class path, dictionary, or a list of these; see `resolve_attacks`.
         eps: Radius of the ball in pixel units, a number or text such as `"8/255"`.
         norm: `"Linf"` or `"L2"`.
         where: Sites, see `find_sites`.
@@ -91,12 +88,10 @@ class AlphaSweep(LightningModule):
         seed: Of all noise in the attacks.
 
     Attributes:
-        classifier: The sparsified `Classifier`; after
-            `validate` at the chosen alpha.
+        classifier: The sparsified `Classifier`; after `validate` at the chosen alpha.
         alphas: All alphas, ascending, with 0.
         chosen_alpha: What `validate` chose; None before.
-        summaries: Per split (`"held-out"`, `"test"`) one
-            `AlphaSummary` per alpha.
+        summaries: Per split (`"held-out"`, `"test"`) one `AlphaSummary` per alpha.
         notes: Anything to keep in the records' metadata, such as the command.
 
     Raises:
@@ -115,7 +110,7 @@ class AlphaSweep(LightningModule):
         *,
         alphas: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
         attacks: Attacks = "basic",
-        eps: float | str = "8/255",
+        eps: float | str,
         norm: Norm = "Linf",
         where: Where = "activations",
         strict: bool = True,
@@ -151,8 +146,11 @@ class AlphaSweep(LightningModule):
         self.output = None if output is None else Path(output)
         self.seed = seed
         self.classifier = _classifier(model)
+        self._calibration: dict[str, Any] = {}
         if adapter is not None:
-            load_adapter(self.classifier, adapter)
+            loaded = load_adapter(self.classifier, adapter)
+            self.statistics, self.center = loaded.statistics, loaded.center
+            self._calibration = dict(loaded.calibration or {})
         self.progress = SweepProgress(self.attacks)
         self.chosen_alpha: float | None = None
         self.summaries: dict[str, list[AlphaSummary]] = {}
@@ -162,7 +160,6 @@ class AlphaSweep(LightningModule):
         self._indices: list[Tensor] = []
         self._occupancy: Occupancy | None = None
         self._sites: dict[str, Any] | None = None
-        self._calibration: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
@@ -283,6 +280,7 @@ class AlphaSweep(LightningModule):
             max_batches=self.calibration_batches,
         )
         self._calibration = facts or self._calibration
+        self.center = next(iter(operators(self.classifier).values())).center
 
     def _measure(self, batch: Any, batch_idx: int, split: str, alphas: tuple[float, ...]) -> Tensor:
         images, labels = images_and_labels(batch)
@@ -342,18 +340,10 @@ class AlphaSweep(LightningModule):
         shown = self.chosen_alpha or self.alphas[len(self.alphas) // 2]
         histogram = None
         if shown and self.trainer.is_global_zero:
-            histogram = self._occupancy.histogram(self.classifier, self._some_images(), shown)
+            histogram = self._occupancy.histogram(
+                self.classifier, first_images(self.trainer.val_dataloaders, self.device), shown
+            )
         self._sites = self._occupancy.content(histogram)
-
-    def _some_images(self) -> Iterator[Tensor]:
-        loader: Any = self.trainer.val_dataloaders
-        seen = 0
-        for batch in loader[0] if isinstance(loader, list | tuple) else loader:
-            images, _ = images_and_labels(batch)
-            yield images.to(self.device)
-            seen += len(images)
-            if seen >= _HISTOGRAM_IMAGES:
-                return
 
     def _write(self) -> None:
         if self.output is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -375,24 +365,16 @@ class AlphaSweep(LightningModule):
             folder / "adapter",
             statistics=self.statistics,
             calibration=self._calibration or None,
-            evaluation={**self._settings(), **result(judged[0])} if judged else None,
+            evaluation={**settings(self), **result(judged[0])} if judged else None,
         )
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "eps": self.eps,
-            "norm": self.norm,
-            "attacks": [spec.as_dict() for spec in self.attacks],
-            "seed": self.seed,
-        }
 
     def metadata(self) -> dict[str, Any]:
         """Return what the records say about how they were measured."""
         chosen = {} if self.chosen_alpha is None else {"chosen_alpha": self.chosen_alpha}
         return {
-            "model": self.classifier.source or type(self.classifier.model).__name__,
+            "model": about_model(self.classifier),
             "data": about_data(getattr(self.trainer, "datamodule", None)),
-            **self._settings(),
+            **settings(self),
             "alphas": list(self.alphas),
             "where": "a function" if callable(self.where) else self.where,
             "statistics": self.statistics,
