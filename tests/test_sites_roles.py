@@ -62,6 +62,13 @@ GATED = {
         {"map": nn.Conv2d(8, 1, 3, padding=1), "last": nn.Sigmoid(), "act": nn.ReLU()},
         {"last"},
     ),
+    "a map made at half the size (GhostNet)": (
+        lambda m, x: m.act(
+            x * F.interpolate(m.last(m.one(F.avg_pool2d(x, 2))), x.shape[2:], mode="bilinear") / 2
+        ),
+        {"one": nn.Conv2d(8, 8, 1), "last": nn.Sigmoid(), "act": nn.ReLU()},
+        {"last"},
+    ),
     "GLU by halves": (
         lambda m, x: (lambda a, b: m.act(m.gate(a) * b))(*x.chunk(2, 1)),
         {"gate": nn.SiLU(), "act": nn.ReLU()},

@@ -33,7 +33,7 @@ class Value:
         trace: Channel axes.
         depends: Bit set of the activations whose output it depends on.
         free: Those of them that reach it along a path on which they are not merely a factor.
-        gating: It comes straight from an activation, through views, casts and scaling only.
+        gating: It comes straight from an activation, through views, casts, scaling, resizing only.
         root: Equal for tensors that are elementwise functions of one and the same tensor.
         layer: Equal for tensors with no layer (convolution, norm, pooling ...) between them.
         total: Time of the residual sum that it is, None if it is none.
@@ -106,6 +106,7 @@ class Flow:
         alone = len(values) == 1
         copies = op.name in rules.COPIES
         passes = copies or op.name in rules.MOVES
+        hands_on = passes or op.name in rules.RESIZES or (pointwise and op.name in _SCALING)
         joins = passes or pointwise or op.name in rules.JOINS
         same_root = copies or (pointwise and len({v.root for v in values}) == 1)
         same_layer = joins and len({v.layer for v in values}) == 1
@@ -115,9 +116,7 @@ class Flow:
             free |= value.free
         if op.name == "mul" and len(values) == 2:
             free = self._multiply(op, known)
-        gating = op.name in _SOFTMAX or (
-            alone and first.gating and (passes or (pointwise and op.name in _SCALING))
-        )
+        gating = op.name in _SOFTMAX or (alone and first.gating and hands_on)
         numel = next(iter(op.shapes.values())).numel()
         return [
             Value(

@@ -224,6 +224,13 @@ MOVES = RESHAPE | names(
     """
 )
 COPIES = names("clone _to_copy detach alias lift_fresh contiguous positive")
+RESIZES = names(
+    """
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d
+    upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d
+    _upsample_bicubic2d_aa upsample_trilinear3d
+    """
+)
 JOINS = names("cat stack")
 CONSTANTS = names(
     """
@@ -263,6 +270,7 @@ _RULES: dict[Rule, frozenset[str]] = {
         """
     ),
     _keep: COPIES
+    | RESIZES
     | names(
         """
         native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
@@ -271,9 +279,7 @@ _RULES: dict[Rule, frozenset[str]] = {
         native_dropout bernoulli glu sort topk max_pool1d max_pool2d mkldnn_max_pool2d
         max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d
-        adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d
-        upsample_nearest3d _upsample_nearest_exact2d upsample_linear1d upsample_bilinear2d
-        _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_trilinear3d
+        adaptive_max_pool2d adaptive_max_pool3d
         grid_sampler_2d constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
         replication_pad1d replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle
         _fft_r2c _fft_c2r _fft_c2c
