@@ -89,14 +89,23 @@ def table(
     )
 
 
-def summary(*, gained: int, lost: int, n: int, alpha: float = 0.2) -> AlphaSummary:
+def summary(
+    *,
+    gained: int,
+    lost: int,
+    n: int,
+    alpha: float = 0.2,
+    split: str = TEST,
+    attacks: tuple[str, ...] = tuple(KINDS),
+) -> AlphaSummary:
     """A summary whose worst case comes from the paired counts alone."""
     base = np.zeros(n, dtype=int)
     mine = np.zeros(n, dtype=int)
-    base[: n // 2] = mine[: n // 2] = 4
-    mine[n // 2 : n // 2 + gained] = 4
-    mine[:lost] = 2
-    return summarize(table({0.0: base, alpha: mine}), split=TEST)[1]
+    base[: n // 2] = mine[: n // 2] = len(attacks) + 1
+    mine[n // 2 : n // 2 + gained] = len(attacks) + 1
+    mine[:lost] = 1
+    records = table({0.0: base, alpha: mine}, split=split, attacks=attacks)
+    return summarize(records, split=split)[1]
 
 
 class TestProportion:
@@ -358,6 +367,7 @@ class TestSummaries:
             "square": Proportion(4, 8),
             "smooth": Proportion(3, 8),
         }
+        assert second.kinds == KINDS
         assert second.apparent == Proportion(6, 8)
         assert second.worst == Proportion(3, 8)
         assert second.masking == pytest.approx(3 / 8)
@@ -369,6 +379,23 @@ class TestSummaries:
     def test_apparent_is_not_measured_without_a_gradient_attack(self) -> None:
         records = table({0.0: np.array([3, 1]), 0.2: np.array([3, 1])}, attacks=("square",))
         assert all(s.apparent is None and s.masking is None for s in summarize(records, split=TEST))
+
+    @pytest.mark.parametrize(
+        ("attacks", "masking"),
+        [
+            (("apgd-ce",), None),
+            (("square", "apgd-ce"), None),
+            (("apgd-ce", "square"), 0.5),
+            (("apgd-ce", "smooth"), 0.5),
+        ],
+    )
+    def test_masking_needs_another_kind_of_attack_after_the_gradient_ones(
+        self, attacks: tuple[str, ...], masking: float | None
+    ) -> None:
+        records = table({0.0: np.array([3, 2]), 0.2: np.array([3, 2])}, attacks=attacks)
+        for found in summarize(records, split=TEST):
+            assert found.masking == masking
+            assert found.apparent is not None
 
     def test_padding_counts_once_whatever_the_order(self) -> None:
         survived = {0.0: np.array([4, 2, 1]), 0.2: np.array([4, 3, 0])}
@@ -524,6 +551,40 @@ class TestVerdict:
         assert text.startswith("No measurable gain:")
         assert "+0.0 points" in text
         assert "about" not in text
+
+    @pytest.mark.parametrize("attacks", [("apgd-ce",), ("square",), ("apgd-ce", "square")])
+    @pytest.mark.parametrize(("gained", "lost"), [(40, 0), (5, 5), (0, 3)])
+    def test_no_attack_that_knows_the_operator_no_judgement(
+        self, attacks: tuple[str, ...], gained: int, lost: int
+    ) -> None:
+        text = verdict(summary(gained=gained, lost=lost, n=300, attacks=attacks))
+        assert text.startswith("Not judged: at alpha = 0.2, ")
+        assert "no attack that knows the operator was run" in text
+        assert 'attacks="basic"' in text
+        assert "every attack" not in text
+        assert " gain" not in text
+
+    def test_harm_needs_no_attack_that_knows_the_operator(self) -> None:
+        text = verdict(summary(gained=0, lost=12, n=300, attacks=("apgd-ce",)))
+        assert text.startswith("Harm:")
+
+    @pytest.mark.parametrize(
+        ("gained", "attacks"), [(40, tuple(KINDS)), (1, tuple(KINDS)), (40, ("apgd-ce",))]
+    )
+    def test_images_that_chose_alpha_are_named_in_the_sentence(
+        self, gained: int, attacks: tuple[str, ...]
+    ) -> None:
+        said = "on the very images that chose alpha, which flatters it"
+        held_out, test = (
+            summary(gained=gained, lost=0, n=300, split=split, attacks=attacks)
+            for split in (HELD_OUT, TEST)
+        )
+        assert said in verdict(held_out)
+        assert said not in verdict(held_out, chose=False)
+        assert said not in verdict(test)
+        assert said in verdict(test, chose=True)
+        base = summarize(table({0.0: np.array([4])}, split=HELD_OUT), split=HELD_OUT)[0]
+        assert "on the very images that chose alpha." in verdict(base)
 
     def test_base_and_no_attack(self) -> None:
         base = summarize(table({0.0: np.array([4, 1])}), split=TEST)[0]

@@ -392,6 +392,7 @@ class TestFindings:
         assert (found.chooser, found.reporter, found.honest) == (HELD_OUT, TEST, True)
         assert found.chosen == choose_alpha(summarize(table, split=HELD_OUT)) == 0.1
         assert found.judged == summarize(table, split=TEST)[1]
+        assert "the very images" not in found.sentence
         assert (found.curve, found.marked) == (HELD_OUT, TEST)
 
     def test_one_split_that_chooses_and_judges_is_said(self, tmp_path: Path) -> None:
@@ -399,7 +400,14 @@ class TestFindings:
         found = find(table, metadata)
         assert not found.honest
         assert found.marked is None
-        assert any("the very images" in note for note in found.notes)
+        assert "on the very images that chose alpha" in found.sentence
+
+    def test_test_images_that_had_to_choose_are_said_too(self, tmp_path: Path) -> None:
+        shares = {0.0: (84.0, 68.0, 65.7, 65.7, 60.0), 0.2: (84.0, 69.0, 67.7, 67.3, 66.0)}
+        table, _ = read_records(make_sweep(tmp_path, shares=shares, n=0) / "records.parquet")
+        found = find(table, {})
+        assert (found.chooser, found.reporter, found.chosen) == (TEST, TEST, 0.2)
+        assert "on the very images that chose alpha, which flatters it" in found.sentence
 
     def test_when_nothing_beats_the_base_masking_is_told(self, tmp_path: Path) -> None:
         table, _ = read_records(make_sweep(tmp_path, tested=(0.0,), flips=0) / "records.parquet")
@@ -550,6 +558,29 @@ class TestPage:
         shares = {0.0: (100.0, 100.0, 100.0, 0.0, 0.0)}
         page = Page(write_report(make_sweep(tmp_path, shares=shares, n=1, n_test=0)).parent)
         assert table_of(page, 0)[0]["worst case [95%]"] == "0.0 [0.0, 79.3]"
+
+    def test_exact_gradients_alone_get_no_judgement(self, tmp_path: Path) -> None:
+        folder = make_sweep(
+            tmp_path,
+            shares={0.0: (84.0, 60.0), 0.3: (84.0, 75.0)},
+            attacks={"pgd": "gradient"},
+            n=300,
+            n_test=300,
+        )
+        page = Page(write_report(folder).parent)
+        for said in (page.said(), (folder / "results.md").read_text()):
+            assert "Not judged" in said
+            assert "no attack that knows the operator was run" in said
+            assert "masking was not measured" in said
+            assert "withstand every attack" not in said
+            assert "Real gain" not in said
+        assert "✓" not in page.source
+        assert "Hatched" not in page.said()
+        assert [row["masking"] for row in table_of(page, 0)] == ["not measured"] * 2
+
+    def test_p_values_are_said_to_be_per_row(self, sweep: Path) -> None:
+        for said in (Page(sweep).said(), (sweep / "results.md").read_text()):
+            assert "not corrected for looking at several rows" in said
 
     def test_no_gradient_attack_and_no_sites(self, tmp_path: Path) -> None:
         folder = make_sweep(

@@ -7,8 +7,8 @@ write piece by piece: tables of several batches are concatenated, nothing else.
 Terms: *clean* is the accuracy without attack; *apparent* what is left after the attacks that
 follow the exact gradient (kind ``"gradient"``); *worst* what is left after every attack. The
 operator's gradient is zero inside its band, so *apparent* can be far above *worst*; the gap is
-called *masking*. A *gain* is worst-case accuracy minus that of the base (alpha = 0) **on the same
-samples under the same attacks**.
+called *masking*, and only attacks of another kind can measure it. A *gain* is worst-case accuracy
+minus that of the base (alpha = 0) **on the same samples under the same attacks**.
 """
 
 from lightning_meansparse.records.intervals import Paired, Proportion

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_meansparse.records.intervals import Paired, Proportion
+from lightning_meansparse.records.table import HELD_OUT
 
 # Two passes over one image differ by float noise; two different images by far more.
 _MARGIN_TOLERANCE = 1e-2
@@ -27,10 +28,12 @@ class AlphaSummary:
         n: number of samples.
         clean: accuracy without attack.
         robust: accuracy left after each attack and all before it, in the order of the attacks.
+        kinds: kind of each attack in `robust`.
         apparent: accuracy left after the last attack of kind ``"gradient"``; None if none ran.
         worst: accuracy left after all attacks.
         gain: ``worst`` minus the base model's, on the same samples, under the same attacks.
-        masking: ``apparent - worst``, a fraction; None where ``apparent`` is.
+        masking: ``apparent - worst``, a fraction; None (not measured) where ``apparent`` is, and
+            where no attack of another kind ran after the gradient ones.
         forwards: forward passes spent by all attacks, counted per sample.
         backwards: backward passes, likewise.
     """
@@ -40,6 +43,7 @@ class AlphaSummary:
     n: int
     clean: Proportion
     robust: dict[str, Proportion]
+    kinds: dict[str, str]
     apparent: Proportion | None
     worst: Proportion
     gain: Paired
@@ -123,14 +127,18 @@ def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
     return best.alpha if rank(best)[0] > 0 else 0.0
 
 
-def verdict(summary: AlphaSummary) -> str:
+def verdict(summary: AlphaSummary, *, chose: bool | None = None) -> str:
     """Says in one plain sentence whether this alpha makes the model more robust.
 
     "Real gain" and "Harm" need an exact McNemar p below 0.05; everything else is "No measurable
-    gain", with the number of images that could have measured the difference seen.
+    gain", with the number of images that could have measured the difference seen. Without an
+    attack of kind ``"adaptive"`` the operator may only have blinded the attacks: what is not
+    harm is then "Not judged".
 
     Args:
         summary: one alpha's summary, best of the test split.
+        chose: whether these images chose alpha, which the sentence then says; None for whether
+            the split is `HELD_OUT`.
 
     Returns:
         The sentence, with n, the 95 % interval and p.
@@ -139,19 +147,32 @@ def verdict(summary: AlphaSummary) -> str:
     if not summary.robust:
         return f"Nothing measured: no attack was run on the {images}."
     worst, gain = summary.worst, summary.gain
+    where = ""
+    if (summary.split == HELD_OUT) if chose is None else chose:
+        where = ", on the very images that chose alpha"
     if summary.alpha == 0:
         return (
             f"No gain: alpha = 0 leaves the base model as it is; {worst.value:.1%} of the {images} "
-            f"withstand every attack, 95% interval {worst.low:.1%} to {worst.high:.1%}."
+            f"withstand every attack, 95% interval {worst.low:.1%} to {worst.high:.1%}{where}."
         )
+    # An attack that succeeded is proof, whatever it knew; one that failed is not.
+    harm = gain.p < 0.05 and gain.value < 0
+    judged = harm or "adaptive" in summary.kinds.values()
     measured = (
-        f"at alpha = {summary.alpha:g}, {worst.value:.1%} of the {images} withstand every attack, "
+        f"at alpha = {summary.alpha:g}, {worst.value:.1%} of the {images} withstand "
+        f"{'every attack' if judged else 'the attacks that were run'}, "
         f"against {summary.base.value:.1%} for the base model under the same attacks "
         f"({100 * gain.value:+.1f} points, 95% interval {100 * gain.low:+.1f} to "
-        f"{100 * gain.high:+.1f}, {_p(gain.p)})"
+        f"{100 * gain.high:+.1f}, {_p(gain.p)})" + (f"{where}, which flatters it" if where else "")
     )
+    if not judged:
+        return (
+            f"Not judged: {measured}; no attack that knows the operator was run, so the operator "
+            'may only have blinded those. Measure again with attacks="basic", or with "adaptive" '
+            "among the attacks."
+        )
     if gain.p < 0.05:
-        return f"{'Real gain' if gain.value > 0 else 'Harm'}: {measured}."
+        return f"{'Harm' if harm else 'Real gain'}: {measured}."
     needed = gain.needed()
     if needed is None:
         return f"No measurable gain: {measured}."
@@ -251,6 +272,9 @@ class _Run:
         left = [Proportion(int(flags.sum()), n) for flags in self.standing.T]
         exact = [place for place, kind in enumerate(self.kinds) if kind == "gradient"]
         apparent = left[exact[-1]] if exact else None
+        masking = None
+        if apparent is not None and exact[-1] < len(self.kinds) - 1:
+            masking = (apparent.k - left[-1].k) / n
         mine = self.standing[:, -1]
         others = base.standing[np.searchsorted(base.indices, self.indices), -1]
         return AlphaSummary(
@@ -259,10 +283,11 @@ class _Run:
             n=n,
             clean=left[0],
             robust=dict(zip(self.names[1:], left[1:], strict=True)),
+            kinds=dict(zip(self.names[1:], self.kinds[1:], strict=True)),
             apparent=apparent,
             worst=left[-1],
             gain=Paired(int((mine & ~others).sum()), int((others & ~mine).sum()), n),
-            masking=None if apparent is None else (apparent.k - left[-1].k) / n,
+            masking=masking,
             forwards=self.cost[0],
             backwards=self.cost[1],
         )

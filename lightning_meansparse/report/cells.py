@@ -13,6 +13,11 @@ from lightning_meansparse.report.findings import Findings
 from lightning_meansparse.report.sources import Sources
 
 NOT_MEASURED = "not measured"
+P_NOTE = (
+    "p is McNemar's exact test, for each row by itself: it is not corrected for looking at "
+    "several rows."
+)
+"""The footnote of the tables."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class Findings:
         reporter: the split that the verdict speaks of.
         chosen: the alpha chosen.
         judged: the summary of `chosen` on `reporter`.
-        headline: "Real gain", "No measurable gain", "No gain", "Harm" or "Nothing measured".
+        headline: "Real gain", "No measurable gain", "No gain", "Harm", "Not judged" or "Nothing
+            measured".
         sentence: the rest of the verdict.
         notes: what else a reader must know, one sentence each.
     """
@@ -103,12 +104,10 @@ def find(table: pa.Table, metadata: Mapping[str, Any]) -> Findings:
             f"{sorted(measured)}. Got {chosen:g}."
         )
     judged = measured[chosen]
-    headline, sentence = verdict(judged).split(": ", 1)
-    if reporter == chooser and len(summaries[chooser]) > 1:
-        notes.append(
-            f"alpha was chosen on the very images that are reported ({reporter}), which flatters "
-            "it; measure the choice on images that chose nothing."
-        )
+    chose = reporter == chooser and len(summaries[chooser]) > 1
+    headline, sentence = verdict(judged, chose=chose).split(": ", 1)
+    if chose:
+        notes.append("Measure the chosen alpha on images that chose nothing.")
     if chosen == 0:
         notes.extend(_why_the_base_stays(summaries[chooser]))
     else:
@@ -129,7 +128,7 @@ def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
     seeming = [
         (s.apparent.value - base.apparent.value, s)
         for s in tried
-        if s.apparent is not None and base.apparent is not None
+        if s.apparent is not None and base.apparent is not None and s.masking is not None
     ]
     promised, tempting = max(
         seeming, key=lambda pair: (pair[0], -pair[1].alpha), default=(0.0, best)
@@ -144,8 +143,13 @@ def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
 
 
 def _what_gradients_said(judged: AlphaSummary, base: AlphaSummary) -> list[str]:
-    if judged.apparent is None or base.apparent is None or judged.masking is None:
+    if judged.apparent is None or base.apparent is None:
         return ["No attack followed the exact gradient, so masking was not measured."]
+    if judged.masking is None:
+        return [
+            "No attack of another kind ran after those that follow the model's own gradient, so "
+            "masking was not measured."
+        ]
     seeming = 100 * (judged.apparent.value - base.apparent.value)
     return [
         "Attacks that follow the model's own gradient would have reported "

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_meansparse.report.cells import (
     NOT_MEASURED,
+    P_NOTE,
     Column,
     alpha_column,
     attack_columns,
@@ -32,6 +33,7 @@ _TONES = {
     # headline: (class, mark)
     "Real gain": ("gain", "✓"),
     "Harm": ("harm", "✕"),
+    "Not judged": ("flat", "?"),
 }
 _SPREAD = re.compile(r"(?<= )(\[.*\]|± .*)$")
 _BAND = (
@@ -66,7 +68,8 @@ def render(sources: Sources, findings: Findings) -> str:
         verdict=_verdict(findings),
         accuracy=_accuracy(findings),
         reading=_reading(findings),
-        tables="\n".join(_tables(findings, split) for split in findings.in_order),
+        tables="\n".join(_tables(findings, split) for split in findings.in_order)
+        + f'\n<p class="muted">{escape(P_NOTE)}</p>',
         histogram=_histogram(sources),
         sites=_sites(sources, findings.chosen),
         method=_method(sources),
@@ -125,12 +128,14 @@ def _accuracy(findings: Findings) -> str:
         if judged.apparent
         else "Apparent accuracy was not measured: no attack followed the exact gradient. "
     )
+    hatched = (
+        "" if judged.masking is None else " Hatched: masking, robustness that is only apparent."
+    )
     drawing = _both(lambda narrow, name: accuracy_svg(findings, narrow=narrow, name=name), label)
     return (
         f'<figure><ul class="key">{"".join(key)}</ul>{drawing}'
         f"<figcaption>{missing}Dotted line: the base model's worst case under the same attacks; "
-        "a real gain lies above it. Hatched: masking, robustness that is only apparent."
-        "</figcaption></figure>"
+        f"a real gain lies above it.{hatched}</figcaption></figure>"
     )
 
 

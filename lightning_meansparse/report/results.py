@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from lightning_meansparse.report.cells import (
+    P_NOTE,
     alpha_column,
     attack_columns,
     capital,
@@ -26,8 +27,8 @@ def render_markdown(sources: Sources, findings: Findings) -> str:
         parts.append(_table(findings, split))
     parts.append(
         "Accuracies in percent, after each attack and all before it; intervals are Wilson 95%; the "
-        "gain is paired with the base model (α = 0) under the same attacks, p is McNemar's exact "
-        "test. Made by `meansparse report` from `records.parquet`."
+        f"gain is paired with the base model (α = 0) under the same attacks. {P_NOTE} Made by "
+        "`meansparse report` from `records.parquet`."
     )
     return "\n\n".join(parts) + "\n"
 
