@@ -367,8 +367,9 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"names the class 'os\.system'; allowed are"):
         attempt(**{"class": "os.system"})
-    with pytest.raises(ValueError, match="format_version 2, this version reads 1"):
-        attempt(format_version=2)
+    for version in (2, "1", True, None):
+        with pytest.raises(ValueError, match=f"format_version {version!r}, this version reads 1"):
+            attempt(format_version=version)
     with pytest.raises(ValueError, match=r"does not fit its config\.json"):
         attempt(options={"width": 8})
     weights = load_file(folder / "model.safetensors")
@@ -379,6 +380,93 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model.pt")
     with pytest.raises(FileNotFoundError, match=r"model\.pt may run code"):
         attempt()
+
+
+@pytest.mark.parametrize("key", ["class", "options", "mean", "std", "num_classes", "input_size"])
+def test_a_config_that_lacks_a_key_names_file_and_key(tmp_path: Path, key: str) -> None:
+    path = save_classifier(load_classifier(ConvNet(width=4)), tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    key = "source" if key == "class" else key
+    with pytest.raises(ValueError, match=rf"config\.json lacks '{key}'"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class", ["timm"]),
+        ("options", None),
+        ("options", {"width": "4"}),
+        ("options", {"width": True}),
+        ("options", {"weights": 4}),
+        ("mean", 0.5),
+        ("mean", [float("nan")]),
+        ("mean", [0.5] * 5),
+        ("mean", ["0.5"]),
+        ("mean", [10**400]),
+        ("std", [0.0]),
+        ("std", [None]),
+        ("num_classes", 0),
+        ("num_classes", True),
+        ("num_classes", "10"),
+        ("input_size", [28, 28]),
+        ("input_size", [1, 28, 0]),
+        ("input_size", [3, 28, 28, 1]),
+        ("metrics", []),
+    ],
+)
+def test_a_config_with_a_wrong_value_names_file_and_key(tmp_path: Path, key, value) -> None:
+    path = save_classifier(load_classifier(ConvNet(width=4)), tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: .*{key}"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("timm/test_resnet", {"checkpoint_path": "evil.pth"}, "checkpoint_path would"),
+        ("timm/test_resnet", {"pretrained": True}, "pretrained would"),
+        ("timm/test_resnet", {"pretrained_cfg": {"file": "evil.pth"}}, "pretrained_cfg would"),
+        ("timm/test_resnet", {"pretrained_cfg_overlay": {}}, "pretrained_cfg_overlay would"),
+        ("torchvision/squeezenet1_1", {"weights": "DEFAULT"}, "weights would"),
+        ("torchvision/squeezenet1_1", {"weights_backbone": "DEFAULT"}, "weights_backbone would"),
+        ("timm/hf-hub:org/name", {}, "no architecture"),
+        ("timm/hf_hub:org/name", {}, "no architecture"),
+        ("timm/local-dir:/tmp/evil", {}, "no architecture"),
+        ("timm/test_resnet", {"nonsense": 1}, "nonsense"),
+        ("hf/nonsense", {"config": {"model_type": "nonsense"}}, "nonsense"),
+        ("hf/resnet", {}, "config"),
+        ("elsewhere/resnet18", {}, "must begin with timm/"),
+        ("hf/timm_wrapper", {"model_args": {"checkpoint_path": "x"}}, "checkpoint_path would"),
+        ("hf/timm_wrapper", {"architecture": "hf-hub:org/name"}, "no architecture"),
+    ],
+)
+def test_a_config_cannot_ask_for_other_weights(
+    tmp_path: Path, monkeypatch, source: str, options: dict, message: str
+) -> None:
+    if source.startswith("hf/"):
+        pytest.importorskip("transformers")
+    if source == "hf/timm_wrapper":
+        fields = {"model_type": "timm_wrapper", "architecture": "test_resnet", "num_classes": 5}
+        options = {"config": fields | options}
+    if "would" in message or "no architecture" in message:
+        monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("built"))
+    path = save_classifier(load_classifier(ConvNet(width=4)), tmp_path) / "config.json"
+    config = json.loads(path.read_text()) | {"source": source, "options": options}
+    del config["class"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config\.json: source and options .*{message}"):
+        load_classifier(tmp_path)
+
+
+def test_options_that_chose_weights_are_not_written(tmp_path: Path) -> None:
+    cfg = timm.get_pretrained_cfg("test_resnet").to_dict()
+    first = load_classifier("timm/test_resnet", pretrained=False, pretrained_cfg=cfg)
+    second = load_classifier(save_classifier(first, tmp_path))
+    assert second.origin == {"source": "timm/test_resnet", "options": {"num_classes": 1000}}
 
 
 def test_what_cannot_be_saved_leaves_no_files(tmp_path: Path) -> None:

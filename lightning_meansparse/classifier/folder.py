@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -108,41 +109,93 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> Classifier:
 
     Raises:
         FileNotFoundError: If there are no safetensors.
-        ValueError: If the format is newer than this version, names a class that is not allowed, or
-            the weights are not those of the model it describes.
+        ValueError: If the format is newer than this version, anything is missing or out of range,
+            the model is not one that a file may ask for, or the weights are another model's.
     """
-    if config.get("format_version") != FORMAT_VERSION:
+    path = folder / "config.json"
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has format_version {config.get('format_version')!r}, this version reads "
+            f"{folder} has format_version {version!r:.80}, this version reads "
             f"{FORMAT_VERSION}; update lightning_meansparse"
         )
     require_safetensors(folder)
-    origin = {key: config[key] for key in ("class", "source", "options") if key in config}
-    if "class" in origin:
-        if origin["class"] not in CLASSES:
-            raise ValueError(
-                f"{folder} names the class {origin['class']!r}; allowed are: {', '.join(CLASSES)}"
-            )
-        cls, _ = CLASSES[origin["class"]]
-        model = cls(**origin["options"])
-    else:
-        model = build(origin)
+    size = _get(config, "input_size", path)
+    facts = {
+        **{key: _get(config, key, path) for key in ("mean", "std", "num_classes")},
+        "input_size": size and tuple(size),
+        "metrics": _get({"metrics": None, **config}, "metrics", path),
+    }
+    kind = "class" if "class" in config else "source"
+    origin = {key: _get(config, key, path) for key in (kind, "options")}
+    try:
+        model = _instance(origin) if kind == "class" else build(origin)
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:
+        # The libraries fail in many ways when their options are wrong.
+        raise ValueError(f"{path}: {kind} and options build no model: {error}") from error
     try:
         load_model(model, folder / "model.safetensors", strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{folder}/model.safetensors does not fit its config.json: {error}"
         ) from error
-    return Classifier(
-        model,
-        mean=config["mean"],
-        std=config["std"],
-        num_classes=config["num_classes"],
-        input_size=config["input_size"] and tuple(config["input_size"]),
-        source=str(folder),
-        origin=origin,
-        metrics=config.get("metrics"),
-    ).eval()
+    try:
+        return Classifier(model, **facts, source=str(folder), origin=origin).eval()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _get(config: Mapping[str, Any], key: str, path: Path) -> Any:
+    """The value of a key that must be there, once it is seen to be of the right kind."""
+    expected, valid = _VALID[key]
+    if key not in config:
+        raise ValueError(f"{path} lacks {key!r}, which must be {expected}; save the model again")
+    if not valid(config[key]):
+        raise ValueError(f"{path}: {key} must be {expected}, got {config[key]!r:.80}")
+    return config[key]
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(number) in (int, float) and abs(number) < 1e9 for number in value
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
+
+
+# Classifier itself checks what these values must be to each other.
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "class": ("a text", lambda value: isinstance(value, str)),
+    "source": ("a text such as 'timm/resnet18'", lambda value: isinstance(value, str)),
+    "options": ("an object", lambda value: isinstance(value, dict)),
+    "mean": ("a list of numbers", _are_numbers),
+    "std": ("a list of numbers", _are_numbers),
+    "num_classes": ("a positive integer or null", lambda value: value is None or _is_count(value)),
+    "input_size": ("[C, H, W] or null", lambda value: value is None or _is_size(value)),
+    "metrics": ("an object or null", lambda value: value is None or isinstance(value, dict)),
+}
+
+
+def _instance(origin: Mapping[str, Any]) -> nn.Module:
+    name, options = origin["class"], origin["options"]
+    if name not in CLASSES:
+        raise ValueError(f"it names the class {name!r}; allowed are: {', '.join(CLASSES)}")
+    cls, arguments = CLASSES[name]
+    for key, value in options.items():
+        if key not in arguments or not _is_count(value):
+            raise ValueError(
+                f"{key}={value!r:.80}, but the options are positive integers for any of: "
+                f"{', '.join(arguments)}"
+            )
+    return cls(**options)
 
 
 def _origin(classifier: Classifier) -> Mapping[str, Any]:

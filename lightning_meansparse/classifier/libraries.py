@@ -17,6 +17,9 @@ from torch import nn
 
 Options = Mapping[str, Any]
 
+# How the libraries' arguments that fetch or open weights begin.
+_WEIGHTS = ("checkpoint", "pretrained", "weights")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -97,6 +100,7 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
     classes: Any = model.num_classes
     channels: Any = options.get("in_chans") or getattr(model, "in_chans", config["input_size"][0])
     rebuild = dict(stored.get("model_args") or {}) | options | {"num_classes": classes}
+    rebuild = {key: value for key, value in rebuild.items() if not key.startswith(_WEIGHTS)}
     return Loaded(
         model,
         classes,
@@ -247,9 +251,14 @@ def load_transformers(
 
 
 def build(origin: Mapping[str, Any]) -> nn.Module:
-    """Build an architecture again from `Loaded.origin`, without weights and without a network."""
+    """Build an architecture again from `Loaded.origin`, without weights and without a network.
+
+    Raises:
+        ValueError: If no such architecture is known, or its options would fetch or open weights.
+    """
     library, _, name = str(origin["source"]).partition("/")
     options = dict(origin["options"])
+    _refuse_weights(name, options)
     if library == "timm":
         return load_timm(name, pretrained=False, revision=None, options=options).model
     if library == "torchvision":
@@ -292,7 +301,24 @@ def require_safetensors(folder: Path) -> None:
     )
 
 
+def _refuse_weights(architecture: str, options: Options) -> None:
+    """Refuse what a file may not choose: weights, which may be pickles or on a server."""
+    if ":" in architecture:
+        raise ValueError(
+            f"{architecture!r} is no architecture but a place to fetch one from; name it as in "
+            "'timm/resnet18'"
+        )
+    found = sorted(key for key in options if key.startswith(_WEIGHTS))
+    if found:
+        raise ValueError(
+            f"{', '.join(found)} would fetch or open other weights than model.safetensors; take it "
+            "out of the options"
+        )
+
+
 def _mend_timm_wrapper(config: Any) -> None:
+    if config.model_type == "timm_wrapper":
+        _refuse_weights(str(config.architecture), config.model_args or {})
     # timm 1.0.31 writes num_classes there as well, and transformers 5.23 would pass it twice.
     if getattr(config, "model_args", None):
         config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
