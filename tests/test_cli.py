@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from lightning_meansparse import __version__
-from lightning_meansparse.adapter import read_adapter
+from lightning_meansparse.adapter import read_adapter, save_adapter
 from lightning_meansparse.classifier import load_classifier, save_classifier
 from lightning_meansparse.cli import main
 from lightning_meansparse.cli.commands import COMMANDS
@@ -22,6 +22,8 @@ from lightning_meansparse.cli.demo import demonstrate
 from lightning_meansparse.cli.errors import explain, plain
 from lightning_meansparse.demo import ConvNet
 from lightning_meansparse.records import HELD_OUT, TEST, read_records, splits
+from lightning_meansparse.sites import find_sites
+from lightning_meansparse.surgery import calibrate_, sparsify_
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -100,7 +102,7 @@ def test_examples_name_files_that_exist():
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["fit"], "--model.model and --data.dataset are missing (meansparse fit --help"),
+        (["fit"], "--model.model and --model.eps and --data.dataset are missing (meansparse fit"),
         (["fit", "--model.epss", "1"], "unrecognized arguments: --model.epss"),
         (["fit", "--config", "nope.yaml"], "--config: File does not exist"),
         (
@@ -202,16 +204,13 @@ def test_fit_then_sweep_then_report_then_validate(in_tmp_path, capsys):
 
 
 def test_validate_measures_an_adapter_at_its_own_alpha(classifier, in_tmp_path, capsys):
-    sweep = ["--config", SWEEP, *SMALL, "--model.model", classifier, "--model.attacks", CHEAP]
-    assert main(["sweep", *sweep, "--model.alphas", "[0.3]", "--model.output", "made"]) == 0
-    config = Path("made/adapter/meansparse_config.json")
-    content = json.loads(config.read_text())
-    for site in content["sites"]:
-        site["alpha"] = 0.3
-    config.write_text(json.dumps(content))
-    assert set(read_adapter("made/adapter").alphas) == {0.3}
-    capsys.readouterr()
-    assert main(["validate", *sweep, "--model.adapter", "made/adapter"]) == 0
+    model = load_classifier(classifier)
+    images = torch.rand(8, 1, 28, 28)
+    sparsify_(model.model, find_sites(model.model, images[:2]), alpha=0.3)
+    calibrate_(model, [images])
+    save_adapter(model, "made")
+    args = ["validate", "--config", SWEEP, *SMALL, "--model.model", classifier]
+    assert main([*args, "--model.attacks", CHEAP, "--model.adapter", "made"]) == 0
     assert re.search(r"^ *0\.3 ", capsys.readouterr().out, re.MULTILINE)
 
 

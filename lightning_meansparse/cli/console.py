@@ -65,7 +65,7 @@ def results_table(summaries: list[AlphaSummary], *, chosen: float | None = None)
     # Without n, which the heading above says: the rest fits a terminal of 80 columns.
     shown = [column for column in result_columns(summaries) if column.head != "n"]
     columns = [alpha_column(summaries), *shown]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for column in columns:
         style = {"worst": "bold", "apparent": "dim"}.get(column.kind)
         table.add_column(column.head, justify="right", style=style, no_wrap=True)

@@ -167,14 +167,14 @@ def demonstrate(
     if sweep.chosen_alpha:
         chosen = f"α = {sweep.chosen_alpha:g}, which gained most in the worst case"
     else:
-        chosen = "α = 0, the base model: no α gained anything in the worst case"
-    console.print(f"  chosen: {chosen}")
+        chosen = "α = 0, the base model: no α gained anything in the worst case (table below)"
+    console.print(f"     chosen: {chosen}")
 
     step("Test", f"measure the choice on {test_images} test images, which have chosen nothing")
     trainer.test(sweep, datamodule=data, verbose=False)
     show(console, sweep)
 
-    step("Report", "")
+    step("Report", "the same with pictures, and files to go on with")
     report = write_report(output)
     _tell_files(console, output, report)
     return sweep

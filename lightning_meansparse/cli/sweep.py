@@ -11,7 +11,8 @@ from rich.console import Console
 from lightning_meansparse.cli.console import READING, calm, make_console, results_table
 from lightning_meansparse.cli.lightning import RecipeCLI
 from lightning_meansparse.records import HELD_OUT, TEST
-from lightning_meansparse.report import write_report
+from lightning_meansparse.report import find, write_report
+from lightning_meansparse.report.cells import capital, signs
 from lightning_meansparse.report.drawing import require_matplotlib
 from lightning_meansparse.tasks import AlphaSweep
 
@@ -55,7 +56,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def show(console: Console, sweep: AlphaSweep) -> None:
-    """Print every split's table and the verdict."""
+    """Print every split's table, the verdict, and what else a reader must know."""
     for split in (HELD_OUT, TEST):
         if split in sweep.summaries:
             summaries = sweep.summaries[split]
@@ -63,4 +64,7 @@ def show(console: Console, sweep: AlphaSweep) -> None:
             console.print(results_table(summaries, chosen=sweep.chosen_alpha))
     console.print(READING)
     if sweep.chosen_alpha is not None:
-        console.print(f"\n[bold]{sweep.verdict}[/]\n")
+        console.print(f"\n[bold]{signs(sweep.verdict)}[/]")
+        for note in find(sweep.records, sweep.metadata()).notes:
+            console.print(capital(signs(note)))
+        console.print()
