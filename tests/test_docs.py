@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lightning_meansparse.cli.commands import COMMANDS
+from lightning_meansparse.report import write_report
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -123,3 +124,10 @@ def test_every_attack_and_suite_is_explained() -> None:
             assert specs[0].kind == row[1].strip()
         else:
             assert all(f"`{spec.name}`" in row[1] for spec in specs), name
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "records").iterdir()), ids=lambda f: f.name)
+def test_the_results_page_says_what_the_records_say(folder, tmp_path):
+    write_report(folder, output=tmp_path)
+    made = re.sub(r"^#", "##", (tmp_path / "results.md").read_text(), flags=re.MULTILINE)
+    assert made.strip() in (ROOT / "docs" / "results.md").read_text(), "make docs/results.md anew"
