@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -233,3 +234,58 @@ def test_classifier_names_the_base(tmp_path):
     classifier = Classifier(net, source="timm/net", revision="abc")
     adapter = read_adapter(save_adapter(classifier, tmp_path))
     assert (adapter.source, adapter.revision) == ("timm/net", "abc")
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "hf/{}", "timm/local-dir:{}", "{}/../mine"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_of_a_local_base_only_the_last_name_is_written(tmp_path, form, exists):
+    folder = tmp_path / "private" / "mine"
+    if exists:
+        folder.mkdir(parents=True)
+    source = form.format(folder)
+    model = Classifier(sparse(), source=source)
+    for base in (None, source):
+        text = (save_adapter(model, tmp_path / "a", base=base) / CONFIG_NAME).read_text()
+        assert json.loads(text)["base"]["source"] == "mine"
+        assert "private" not in text
+
+
+def test_relative_local_bases(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "timm" / "resnet18").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    net = sparse()
+    for base, name in {
+        "runs/mine": "mine",
+        "./runs/gone": "gone",
+        "~/runs/gone": "gone",
+        "hf/runs/mine": "mine",
+        ".": tmp_path.name,
+        "timm/resnet18": "timm/resnet18",
+        "timm/hf-hub:org/net": "timm/hf-hub:org/net",
+        "torchvision/resnet18": "torchvision/resnet18",
+        "hf/org/net": "hf/org/net",
+        "org/net": "org/net",
+    }.items():
+        assert read_adapter(save_adapter(net, tmp_path / "a", base=base)).source == name
+
+
+@pytest.mark.filterwarnings("ignore:.*weights_only")
+def test_checkpoints_that_are_none(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"callbacks": {}}, path)
+    with pytest.raises(ValueError, match=r"revision is for .*x\.ckpt is a checkpoint"):
+        read_adapter(path, revision="main")
+    with pytest.raises(ValueError, match=r"x\.ckpt holds no MeanSparse statistics"):
+        read_adapter(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match=r"x\.ckpt must hold a Lightning checkpoint, got list"):
+        read_adapter(path)
+    torch.save({"hyper_parameters": Net()}, path)
+    whole = path.read_bytes()
+    for content in (whole, whole[:100], b"", b"text", b"\x80\x02.", pickle.dumps(Net())):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"x\.ckpt is no checkpoint, or holds more than tensors"
+        ):
+            read_adapter(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -146,6 +148,19 @@ def provenance(model: nn.Module) -> Provenance:
     if mark is None or mark[1] != _statistics_hash(module):
         return "unknown"
     return "fresh" if mark[0].matches(module) else "stale"
+
+
+def public_name(base: str) -> str:
+    """The name of a base without the folders around it, which mean nothing to anyone else."""
+    library, _, name = base.partition("/")
+    if library not in ("timm", "torchvision", "hf"):
+        name = base
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    names_a_folder = name.startswith(("local-dir:", ".", "~")) or folder.is_absolute()
+    # timm and torchvision know names alone; elsewhere a folder goes before a name.
+    if names_a_folder or (library not in ("timm", "torchvision") and folder.is_dir()):
+        return Path(os.path.abspath(folder)).name
+    return base
 
 
 def _one_step_in(model: nn.Module) -> nn.Module | None:

@@ -22,6 +22,7 @@ from lightning_meansparse.adapter.base import (
     fingerprint,
     mark_measured,
     provenance,
+    public_name,
     scope,
     scopes,
 )
@@ -61,7 +62,7 @@ def save_adapter(
             `base_module`.
         directory: The folder; made if there is none.
         base: Name of the base model, such as ``"timm/resnet18"``. Taken from a ``Classifier`` in
-            the model if not given.
+            the model if not given. Of a local folder only the last name is written.
         revision: Revision of the base, such as a commit hash.
         statistics: How the statistics were averaged, as given to ``calibrate_``.
         calibration: Facts about the calibration data, such as
@@ -74,7 +75,8 @@ def save_adapter(
     Raises:
         ValueError: If the model has no operators, they are not calibrated, or an argument cannot be
             written as JSON.
-        RuntimeError: If the weights have changed since the statistics were measured.
+        RuntimeError: If the weights have changed since the statistics were measured, as far as that
+            was noted: by the callback, a sweep or `load_adapter`, not by `calibrate_` alone.
         NotADirectoryError: If ``directory`` is a file.
 
     Examples:
@@ -162,12 +164,13 @@ def load_adapter(
 def read_adapter(source: str | os.PathLike[str], *, revision: str | None = None) -> Adapter:
     """Read and check an adapter without a model; see `load_adapter`."""
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".ckpt":
-        return from_checkpoint(torch.load(path, map_location="cpu", weights_only=True), str(path))
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision is for adapters on the Hub, and {path} is a folder.")
-    else:
+    checkpoint = path.is_file() and path.suffix == ".ckpt"
+    if revision is not None and (checkpoint or path.is_dir()):
+        kind = "checkpoint" if checkpoint else "folder"
+        raise ValueError(f"revision is for adapters on the Hub, and {path} is a {kind}.")
+    if checkpoint:
+        return from_checkpoint(_open_checkpoint(path), str(path))
+    if not path.is_dir():
         path = _download(str(source), revision)
     where = str(path / CONFIG_NAME)
     text = _read(path / CONFIG_NAME, _MAX_CONFIG_BYTES)
@@ -234,7 +237,7 @@ def describe(
         fingerprint=fingerprint(model),
         center=centers.pop(),
         statistics=statistics,
-        source=base,
+        source=None if base is None else public_name(base),
         revision=revision,
         calibration=calibration,
         evaluation=evaluation,
@@ -290,6 +293,23 @@ def from_checkpoint(checkpoint: Mapping[str, Any], where: str) -> Adapter:
             "the callback. Use trainer.save_checkpoint(path) after fit, or an adapter folder."
         )
     return Adapter.parse(state["config"], state.get("tensors") or {}, where=where)
+
+
+def _open_checkpoint(path: Path) -> Mapping[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # UnpicklingError; of files that are no checkpoint, anything.
+        raise ValueError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values; that might run "
+            "code and is not opened. Pass an adapter folder, written by save_adapter where the "
+            "model was made."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} must hold a Lightning checkpoint, got {type(found).__name__}.")
+    return found
 
 
 def _lacking(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
