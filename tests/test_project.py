@@ -207,8 +207,8 @@ def test_dependencies_are_stated_where_they_are_imported() -> None:
     }
     # Part of the core through torchvision, whose images these are.
     stated |= {"numpy", "pil"}
-    # Dependencies of Lightning which it does not pass on under a name of its own.
-    stated |= {"yaml", "lightning_utilities"}
+    # A dependency of Lightning which it does not pass on under a name of its own.
+    stated |= {"yaml"}
     seen = 0
     for path in sources():
         for line, module in imports(ast.parse(path.read_text()), path):
