@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +195,24 @@ def test_flags_for_torchmetrics() -> None:
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=5),
     )
     try:
         model, images, labels = make()
         sampler = DistributedSampler(range(N), num_replicas=2, rank=rank, shuffle=False)
         metric = RobustAccuracy(SUITE, eps=EPS)
         # A wrapped model must not talk to the other rank, which attacks another number of samples.
+        model.register_buffer("broadcast_before_each_forward", torch.zeros(1))
         wrapped = nn.parallel.DistributedDataParallel(model)
         for rows in torch.tensor(list(sampler)).split(4):
             metric.update(wrapped, images[rows], labels[rows], rows)
         lonely = RobustAccuracy(SUITE, eps=EPS)
         if rank == 0:  # the other rank has seen nothing
-            lonely.update(model, images, labels, torch.arange(N))
+            lonely.update(wrapped, images, labels, torch.arange(N))
             metric_local = len(metric.index)
         values = [{k: v.item() for k, v in m.compute().items()} for m in (metric, lonely)]
         assert rank or len(metric.index) == metric_local  # synchronising leaves the state alone

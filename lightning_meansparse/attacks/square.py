@@ -22,13 +22,7 @@ class Square(_Square):  # type: ignore[misc]
     the batch, so that a result depends on who else is in it. Here the signs are shared as well:
     each sample sees the same distribution as before, and a result depends on the seed and the
     sample alone.
-
-    Attributes:
-        queries: Forward passes per sample of the last run, ``(N,)``; samples that fell early cost
-            less.
     """
-
-    queries: Tensor | None = None
 
     def random_choice(self, shape: Sequence[int]) -> Tensor:
         """Random signs of ``shape``, with one draw for the whole batch."""
@@ -42,7 +36,7 @@ class Square(_Square):  # type: ignore[misc]
         return place
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One run; remembers what it cost.
+        """One run, after a look at the shape of the images.
 
         Raises:
             ValueError: If torchattacks' grid of five tiles does not fit the images (L2 only).
@@ -60,5 +54,4 @@ class Square(_Square):  # type: ignore[misc]
                 "attacks=['pgd', 'apgd-ce', 'adaptive']."
             )
         queries, found = super().attack_single_run(x, y)
-        self.queries = queries
         return queries, found

@@ -14,7 +14,7 @@ from lightning_meansparse.attacks import (
 from lightning_meansparse.attacks.ball import Ball, sample_seed
 from lightning_meansparse.demo.network import ConvNet
 from lightning_meansparse.surgery import alphas, operators, set_alpha
-from tests.test_attacks.victims import EPS, SHORT, N
+from tests.test_attacks.victims import EPS, SHORT, Linear, N, own_labels
 
 
 def test_standing_only_falls(short: Evaluation) -> None:
@@ -56,6 +56,17 @@ def test_the_order_of_samples_does_not_matter(
     assert torch.equal(result.indices[back], torch.arange(N))
     assert torch.equal(result.clean[back], short.clean)
     assert (result.standing[back] != short.standing).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.08), ("L2", 0.8)])
+def test_square_does_not_depend_on_the_batch(norm: str, eps: float) -> None:
+    torch.manual_seed(0)
+    model, images = Linear(4, size=16), torch.rand(40, 1, 16, 16)
+    labels = own_labels(model, images)
+    whole = evaluate(model, images, labels, attacks=SHORT[3], eps=eps, norm=norm)
+    parts = evaluate(model, images, labels, attacks=SHORT[3], eps=eps, norm=norm, batch_size=7)
+    assert 5 < whole.worst.sum() < 35
+    assert torch.equal(whole.worst, parts.worst)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -22,7 +22,8 @@ SHORT = [
     {"attack": "adaptive", "options": {"steps": 20}},
 ]
 FAB = {"attack": "fab-t", "options": {"steps": 2}}
-QUICK = ["fgsm", SHORT[3], FAB, {"attack": "adaptive", "options": {"steps": 2}}]
+THEIRS = {"attack": "torchattacks.PGD", "name": "their-pgd", "options": {"steps": 2}}
+QUICK = ["fgsm", THEIRS, SHORT[3], FAB, {"attack": "adaptive", "options": {"steps": 2}}]
 
 
 class Linear(nn.Module):
