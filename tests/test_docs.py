@@ -126,7 +126,9 @@ def test_every_attack_and_suite_is_explained() -> None:
             assert all(f"`{spec.name}`" in row[1] for spec in specs), name
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "records").iterdir()), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "docs" / "records").iterdir()), ids=lambda f: f.name
+)
 def test_the_results_page_says_what_the_records_say(folder, tmp_path):
     write_report(folder, output=tmp_path)
     made = re.sub(r"^#", "##", (tmp_path / "results.md").read_text(), flags=re.MULTILINE)
