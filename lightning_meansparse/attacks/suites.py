@@ -174,7 +174,7 @@ def _rebuild(fields: dict[str, Any]) -> AttackSpec:
 
 
 def _apgd(name: str, **changes: Any) -> AttackSpec:
-    options: dict[str, Any] = {"steps": 100, "n_restarts": 1, "loss": "ce", "step_size": 2.0}
+    options: dict[str, Any] = {"steps": 100, "n_restarts": 1, "loss": "ce"}
     options |= changes.pop("options", {})
     return AttackSpec(name, f"{_OURS}.apgd.APGD", options, **changes)
 
@@ -212,8 +212,7 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             ),
             _apgd(
                 "adaptive",
-                # Short first steps: 2 eps, as from a random point, would throw the start away.
-                options={"steps": 50, "step_size": 0.5},
+                options={"steps": 50},
                 rule="smooth",
                 temperature=1 / 16,
                 start="base",
