@@ -139,6 +139,8 @@ class MeanSparse(nn.Module):
             raise ValueError(
                 f"mean and var must have one shape, got {tuple(mean.shape)} and {tuple(var.shape)}."
             )
+        if not var.is_meta and bool((var < 0).any()):
+            raise ValueError("var must not be negative: it is the square of a standard deviation.")
         check_alpha(alpha)
         check_center(center)
         for name, value in (

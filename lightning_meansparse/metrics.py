@@ -102,7 +102,7 @@ class RobustAccuracy(Metric):
         super().__init__(**kwargs)
         check_norm(norm)
         self.attacks = resolve_attacks(attacks)
-        self.eps = parse_eps(eps)
+        self.eps = parse_eps(eps, norm)
         self.norm = norm
         self.seed = seed
         self.batch_size = batch_size

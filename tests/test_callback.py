@@ -395,3 +395,8 @@ def test_failing_calibration_leaves_the_trained_base_model(tmp_path):
     assert "Training itself has finished" in caught.value.__notes__[0]
     assert operators(model) == {}
     assert trainer.global_step == 10
+
+
+def test_an_empty_mapping_sets_nothing_and_is_refused():
+    with pytest.raises(ValueError, match="nothing to set"):
+        MeanSparseCallback({})

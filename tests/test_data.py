@@ -602,3 +602,10 @@ def test_the_hub_out_of_reach_is_one_sentence(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="no local path and the Hub did not give it") as caught:
         ImageDataModule("nobody/nothing").prepare_data()
     assert "\n" not in str(caught.value)
+
+
+def test_ids_are_no_class_numbers():
+    images = torch.zeros(20, 1, 4, 4)
+    ids = torch.arange(20) % 2 * 10**9
+    with pytest.raises(ValueError, match="labels must be class numbers, got 1000000000"):
+        ImageDataModule({"train": (images, ids)}, test_split=None).setup()

@@ -173,6 +173,8 @@ def test_bad_input_is_named() -> None:
             MeanSparse(zeros, ones, alpha)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="center must be"):
         MeanSparse(zeros, ones, center="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="var must not be negative"):
+        MeanSparse(zeros, -ones)
     with pytest.raises(ValueError, match="one shape"):
         MeanSparse(zeros, torch.ones(2))
     with pytest.raises(ValueError, match="backward rule"):

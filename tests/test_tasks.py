@@ -716,3 +716,19 @@ def test_the_shown_channel_is_the_one_nearest_the_median(sparsified):
     nearest = (shares - shares.median()).abs()
     assert nearest[channel] == nearest.min()
     assert channel == int(nearest.argmin())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    sweep = AlphaSweep(linear(), attacks="fgsm", eps=EPS, output=tmp_path / "file" / "sweep")
+    with pytest.raises(ValueError, match="output must be a folder that can be written to"):
+        trainer().validate(sweep, data())
+    task = AdversarialTraining(linear(), eps=EPS, save_to=tmp_path / "file" / "model")
+    with pytest.raises(ValueError, match="save_to must be a folder that can be written to"):
+        trainer(max_steps=1).fit(task, data())
+
+
+def test_eight_does_not_mean_eight_of_255():
+    for make in (AdversarialTraining, AlphaSweep):
+        with pytest.raises(ValueError, match="did you mean '8/255'"):
+            make(linear(), eps=8)

@@ -166,7 +166,7 @@ def evaluate(
             does not fit the norm.
         RuntimeError: If an attack fails; the message names it.
     """
-    radius = parse_eps(eps)
+    radius = parse_eps(eps, norm)
     check_norm(norm)
     specs = resolve_attacks(attacks)
     for spec in specs:

@@ -251,4 +251,6 @@ def checked_logits(logits: Any, labels: Tensor) -> Tensor:
 
 def stands(logits: Tensor, labels: Tensor) -> Tensor:
     """Which samples are classified right, ``(N,)`` bool; a NaN among the logits counts as wrong."""
-    return (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
+    # An overflow says nothing about the class, and hides the gradient.
+    broken = (logits.isnan() | (logits == torch.inf)).any(dim=1)
+    return (logits.argmax(dim=1) == labels) & ~broken

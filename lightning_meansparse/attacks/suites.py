@@ -21,15 +21,18 @@ NORMS = ("Linf", "L2")
 KINDS: tuple[str, ...] = get_args(Kind)
 """In the order in which a suite runs them."""
 
+_BUDGETS = ("steps", "step_size", "alpha", "n_restarts", "n_targets", "n_queries")
 _RESERVED_NAMES = ("clean", "worst", "apparent")
 _OURS = "lightning_meansparse.attacks"
 
 
-def parse_eps(eps: float | str) -> float:
+def parse_eps(eps: float | str, norm: str = "") -> float:
     """Radius of the perturbation ball from a number or a fraction.
 
     Args:
         eps: A positive number in pixel units (images span [0, 1]), or text such as ``"8/255"``.
+        norm: With ``"Linf"``, more than the whole range of a pixel is refused: it was meant
+            otherwise.
 
     Raises:
         TypeError: If ``eps`` is neither a number nor text.
@@ -58,6 +61,11 @@ def parse_eps(eps: float | str) -> float:
         raise ValueError(
             f"eps must be positive and finite, got {eps!r}; images are in [0, 1], so a usual value "
             "is '8/255' for Linf or 0.5 for L2."
+        )
+    if norm == "Linf" and value > 1:
+        raise ValueError(
+            f"eps={eps!r} is more than the whole range of a pixel, which is [0, 1]; did you mean "
+            f"'{value:g}/255'?"
         )
     return value
 
@@ -149,6 +157,13 @@ class AttackSpec:
                 raise ValueError(
                     f"options of attack {self.name!r} must not hold {given!r}: it is given once "
                     "for all attacks of an evaluation."
+                )
+        for option in _BUDGETS:
+            budget = self.options.get(option)
+            if isinstance(budget, (int, float)) and not budget > 0:
+                raise ValueError(
+                    f"option {option!r} of attack {self.name!r} must be above 0, got {budget!r}: "
+                    "the attack would do nothing, and everything would look robust."
                 )
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 

@@ -117,6 +117,8 @@ class MeanSparseCallback(Callback):
         strict: bool = True,
     ) -> None:
         super().__init__()
+        if isinstance(alpha, Mapping) and not alpha:
+            raise ValueError("alpha must be a number or {glob: number}, got {}: nothing to set.")
         for value in alpha.values() if isinstance(alpha, Mapping) else (alpha,):
             check_alpha(value)
         check_center(center)

@@ -314,7 +314,12 @@ class ImageDataModule(LightningDataModule):
         names = stored or given
         if names is None:
             numbers = _class_numbers(train, None, f"train_split={self.train_split!r}")
-            names = [str(number) for number in range(int(numbers.max()) + 1)]
+            count = int(numbers.max()) + 1
+            if count > max(1000, len(numbers)):
+                raise ValueError(
+                    f"labels must be class numbers, got {count - 1}: number them 0, 1, 2, …"
+                )
+            names = [str(number) for number in range(count)]
         return list(names)
 
     def _part(self, name: Part) -> ImagePart:

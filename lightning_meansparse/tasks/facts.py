@@ -58,6 +58,24 @@ def result(summary: AlphaSummary) -> dict[str, Any]:
     }
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Make a folder and see that it can be written to, before hours of work.
+
+    Raises:
+        ValueError: Naming the option that asked for the folder.
+    """
+    probe = folder / f".writable.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {str(folder)!r}: "
+            f"{error.strerror or error}. Name another."
+        ) from error
+
+
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write a JSON file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

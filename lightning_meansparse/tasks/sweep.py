@@ -38,10 +38,10 @@ from lightning_meansparse.records import (
     write_records,
 )
 from lightning_meansparse.surgery import alpha_set, operators, set_alpha
+from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.ascent import Norm
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
-from lightning_meansparse.tasks.facts import about_data, about_model, result, settings, write_json
 from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
 from lightning_meansparse.tasks.ranks import merged_table, summed
@@ -135,7 +135,7 @@ class AlphaSweep(LightningModule):
             )
         self.alphas = tuple(sorted({0.0, *(abs(float(alpha)) for alpha in alphas)}))
         self.attacks = resolve_attacks(attacks)
-        self.eps = parse_eps(eps)
+        self.eps = parse_eps(eps, norm)
         self.norm = norm
         self.where = where
         self.strict = strict
@@ -189,6 +189,8 @@ class AlphaSweep(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Show a progress bar that knows alphas and attacks, not only batches."""
+        if self.output is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            facts.check_folder(self.output, "output")
         self.progress.take_over(self.trainer)
 
     def teardown(self, stage: str) -> None:
@@ -271,7 +273,7 @@ class AlphaSweep(LightningModule):
     def _calibrate(self) -> None:
         if self.alphas == (0.0,) and not operators(self.classifier):
             return  # the base model alone: nothing to sparsify
-        facts = calibrated(
+        measured = calibrated(
             self,
             where=self.where,
             strict=self.strict,
@@ -279,7 +281,7 @@ class AlphaSweep(LightningModule):
             center=self.center,
             max_batches=self.calibration_batches,
         )
-        self._calibration = facts or self._calibration
+        self._calibration = measured or self._calibration
         self.center = next(iter(operators(self.classifier).values())).center
 
     def _measure(self, batch: Any, batch_idx: int, split: str, alphas: tuple[float, ...]) -> Tensor:
@@ -355,7 +357,7 @@ class AlphaSweep(LightningModule):
     def _write_into(self, folder: Path) -> None:
         write_records(self._records.values(), folder / "records.parquet", self.metadata())
         if self._sites is not None:
-            write_json(self._sites, folder / "sites.json")
+            facts.write_json(self._sites, folder / "sites.json")
         if not operators(self.classifier):
             return
         split = TEST if TEST in self.summaries else HELD_OUT
@@ -365,16 +367,16 @@ class AlphaSweep(LightningModule):
             folder / "adapter",
             statistics=self.statistics,
             calibration=self._calibration or None,
-            evaluation={**settings(self), **result(judged[0])} if judged else None,
+            evaluation={**facts.settings(self), **facts.result(judged[0])} if judged else None,
         )
 
     def metadata(self) -> dict[str, Any]:
         """Return what the records say about how they were measured."""
         chosen = {} if self.chosen_alpha is None else {"chosen_alpha": self.chosen_alpha}
         return {
-            "model": about_model(self.classifier),
-            "data": about_data(getattr(self.trainer, "datamodule", None)),
-            **settings(self),
+            "model": facts.about_model(self.classifier),
+            "data": facts.about_data(getattr(self.trainer, "datamodule", None)),
+            **facts.settings(self),
             "alphas": list(self.alphas),
             "where": "a function" if callable(self.where) else self.where,
             "statistics": self.statistics,

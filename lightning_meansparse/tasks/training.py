@@ -22,6 +22,7 @@ from lightning_meansparse.attacks import parse_eps
 from lightning_meansparse.classifier import Classifier, load_classifier, save_classifier
 from lightning_meansparse.tasks.ascent import Norm, Start, ascend, held, seeded
 from lightning_meansparse.tasks.batches import images_and_labels
+from lightning_meansparse.tasks.facts import check_folder
 
 Method = Literal["pgd", "trades", "none"]
 
@@ -115,7 +116,7 @@ class AdversarialTraining(LightningModule):
             raise ValueError(f"beta must be at least 0, got {beta!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
-        self.eps = parse_eps(eps)
+        self.eps = parse_eps(eps, norm)
         self.step_size = None if step_size is None else parse_eps(step_size)
         self.save_hyperparameters(ignore=["model", "optimizer", "lr_scheduler", "save_to"])
         self.method = method
@@ -282,8 +283,10 @@ class AdversarialTraining(LightningModule):
         """Compare what the data gives with what the classifier takes, before anything runs.
 
         Raises:
-            ValueError: If channels or classes differ.
+            ValueError: If channels or classes differ, or `save_to` cannot be written.
         """
+        if self.save_to is not None:
+            check_folder(Path(self.save_to), "save_to")
         data = getattr(self.trainer, "datamodule", None)
         classes, channels = getattr(data, "num_classes", None), getattr(data, "in_chans", None)
         if None not in (classes, self.classifier.num_classes) and (

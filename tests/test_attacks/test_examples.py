@@ -138,3 +138,18 @@ def test_nan_logits_count_as_wrong() -> None:
     labels = own_labels(NaNLogits(), images)
     result = evaluate(NaNLogits(), images, labels, attacks="fgsm", eps=1e-6)
     assert result.clean.tolist() == [False] * 5 + [True] * 5
+
+
+def test_an_overflow_counts_as_wrong() -> None:
+    class Overflowing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :3] * torch.inf
+
+    result = evaluate(
+        Overflowing(),
+        torch.rand(4, 1, 4, 4),
+        torch.zeros(4, dtype=torch.int64),
+        attacks="fgsm",
+        eps=0.1,
+    )
+    assert not result.clean.any()

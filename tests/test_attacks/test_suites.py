@@ -110,3 +110,19 @@ def test_wrong_suites_are_explained(given: Any, message: str) -> None:
 def test_suites_of_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="names, dictionaries or AttackSpec"):
         resolve_attacks([3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("attack", "option"),
+    [("pgd", "steps"), ("pgd", "step_size"), ("square", "n_queries"), ("apgd-t", "n_targets")],
+)
+def test_an_attack_that_would_do_nothing_is_refused(attack: str, option: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=f"'{option}'.*would do nothing"):
+            resolve_attacks({"attack": attack, "options": {option: value}})
+
+
+def test_more_than_the_range_of_a_pixel_is_no_linf_radius() -> None:
+    with pytest.raises(ValueError, match="did you mean '8/255'"):
+        parse_eps(8, "Linf")
+    assert parse_eps(8, "L2") == 8
