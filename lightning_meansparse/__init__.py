@@ -24,6 +24,7 @@ __all__ = [
     "find_sites",
     "load_adapter",
     "load_classifier",
+    "mean_sparse",
     "restore_",
     "save_adapter",
     "set_alpha",
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.callback import MeanSparseCallback
     from lightning_meansparse.classifier import load_classifier
     from lightning_meansparse.data import ImageDataModule
-    from lightning_meansparse.layer import MeanSparse
+    from lightning_meansparse.layer import MeanSparse, mean_sparse
     from lightning_meansparse.metrics import RobustAccuracy
     from lightning_meansparse.sites import Site, find_sites
     from lightning_meansparse.surgery import (
@@ -54,7 +55,7 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         "callback": ("MeanSparseCallback",),
         "classifier": ("load_classifier",),
         "data": ("ImageDataModule",),
-        "layer": ("MeanSparse",),
+        "layer": ("MeanSparse", "mean_sparse"),
         "metrics": ("RobustAccuracy",),
         "sites": ("Site", "find_sites"),
         "surgery": ("backward_rule", "calibrate_", "restore_", "set_alpha", "sparsify_"),

@@ -69,6 +69,8 @@ def mean_sparse(
             out of range.
 
     Examples:
+        >>> import torch
+        >>> from lightning_meansparse import mean_sparse
         >>> x = torch.tensor([[-2.0, -0.1, 0.1, 2.0]])
         >>> mean_sparse(x, torch.zeros(4), torch.ones(4), 0.5)
         tensor([[-2.,  0.,  0.,  2.]])

@@ -2,7 +2,7 @@
 
 A specification is data. Everything that decides how strong an attack is (steps, restarts, targets,
 queries, backward rule, temperature, start) is written out in it, so that a result can quote it; no
-default of another library is relied on.
+default of another library is relied on by any attack that has a name here.
 """
 
 from __future__ import annotations
