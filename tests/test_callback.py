@@ -95,6 +95,15 @@ def test_a_functional_activation_is_an_error_before_training(tmp_path):
     assert_weights(model, before)
 
 
+def test_a_glob_without_a_site_is_an_error_before_training(tmp_path):
+    model = Net()
+    before = weights(model)
+    trainer = make_trainer(tmp_path, MeanSparseCallback({"net.*": 0.1, "layer*": 0.3}))
+    with pytest.raises(ValueError, match=r"alpha: 'layer\*' matches none of net.2@in, net.5@in"):
+        trainer.fit(model, loader(), held_out())
+    assert_weights(model, before)
+
+
 class Timm(Net):
     """A plain module around a model of timm."""
 

@@ -36,6 +36,7 @@ from lightning_meansparse.callback.batches import (
 from lightning_meansparse.layer import Center, check_alpha, check_center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
+from lightning_meansparse.sites.record import match
 from lightning_meansparse.surgery import (
     alphas,
     calibrate_,
@@ -194,7 +195,10 @@ class MeanSparseCallback(Callback):
         """Find the sites once before training: what is going to fail should fail now."""
         self._remember(trainer, pl_module)
         with self._neutral(trainer, pl_module):
-            self._find_sites(trainer, pl_module, self._data(trainer, pl_module))
+            sites = self._find_sites(trainer, pl_module, self._data(trainer, pl_module))
+        for glob in self.alpha if isinstance(self.alpha, Mapping) else ():
+            if not match(glob, map(str, sites)):
+                raise ValueError(f"alpha: {glob!r} matches none of {', '.join(map(str, sites))}.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Insert operators, calibrate, save."""
