@@ -156,15 +156,22 @@ class MeanSparse(nn.Module):
         self.backward = "exact"
         self.temperature = 1 / 16
 
+    @property
+    def reference(self) -> Tensor:
+        """What values inside the band become, in the shape of ``mean``; see ``center``."""
+        if self.center == "global":
+            return self.mean.mean().expand_as(self.mean)
+        return torch.zeros_like(self.mean) if self.center == "zero" else self.mean
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to."""
-        mean = self.mean
-        if self.center == "global":
-            mean = mean.mean().expand_as(mean)
-        elif self.center == "zero":
-            mean = torch.zeros_like(mean)
         return mean_sparse(
-            x, mean, self.var, self.alpha, backward=self.backward, temperature=self.temperature
+            x,
+            self.reference,
+            self.var,
+            self.alpha,
+            backward=self.backward,
+            temperature=self.temperature,
         )
 
     def extra_repr(self) -> str:

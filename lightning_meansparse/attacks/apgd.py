@@ -103,7 +103,7 @@ class APGD(StartedAttack):
         starts: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Outcome:
-        """See `perturb_from`."""
+        """Attack each image from its start point, by Algorithm 1 of the paper."""
         outcome = Outcome.empty(images)
         ball = Ball(images, self.eps, self.norm)
         indices = torch.arange(len(images)) if indices is None else indices.cpu()

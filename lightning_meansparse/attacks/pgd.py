@@ -144,7 +144,7 @@ class PGD(StartedAttack):
         starts: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Outcome:
-        """See `perturb_from`."""
+        """Attack each image from its start point, by steps of one length."""
         outcome = Outcome.empty(images)
         ball = Ball(images, self.eps, self.norm)
         if indices is None:
@@ -180,8 +180,8 @@ def cross_entropy(labels: Tensor) -> Any:
     """Cross-entropy's order and direction without its saturation.
 
     ``log sum_{j != y} exp(z_j) - z_y``: cross-entropy is softplus of it, so both rise together and
-        their gradients are
-    parallel; but this one does not vanish in float32 when the model is sure of itself.
+    their gradients are parallel; but this one does not vanish in float32 when the model is sure of
+    itself.
     """
 
     def loss(logits: Tensor) -> Tensor:

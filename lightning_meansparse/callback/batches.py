@@ -106,18 +106,16 @@ def calibration_data(
 
 
 class Counted:
-    """Batches on the device, with a count of the images that went by."""
+    """Batches, and a count of the images that went by."""
 
-    def __init__(self, batches: Iterable[Any], trainer: Trainer) -> None:
+    def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
-        self.trainer = trainer
         self.images = 0
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            moved = to_device(self.trainer, batch)
-            self.images += len(images_in(moved))
-            yield moved
+            self.images += len(images_in(batch))
+            yield batch
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:

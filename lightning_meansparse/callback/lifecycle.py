@@ -320,7 +320,7 @@ class MeanSparseCallback(Callback):
                 rank_zero_info(
                     f"MeanSparse: measuring {len(operators(model))} sites on {data.origin}"
                 )
-                counted = Counted(data.batches(), trainer)
+                counted = Counted(to_device(trainer, batch) for batch in data.batches())
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
                 mark_measured(model)

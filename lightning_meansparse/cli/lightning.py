@@ -43,6 +43,12 @@ class RecipeCLI(LightningCLI):
             },
         )
 
+    ckpt_help = "Take the weights from this checkpoint of `meansparse fit`."
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what every command takes besides trainer, model and data."""
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=self.ckpt_help)
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put what is ours first in the help; a Trainer has sixty options more."""
         parser.add_lightning_class_args(self._model_class, "model")

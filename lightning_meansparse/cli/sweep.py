@@ -23,12 +23,7 @@ class SweepCLI(RecipeCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what the sweep takes besides trainer, model and data."""
         parser.set_defaults({"model.output": "outputs/sweep"})
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="Take the weights from this checkpoint of `meansparse fit`.",
-        )
+        super().add_arguments_to_parser(parser)
 
 
 def run(args: Sequence[str]) -> None:

@@ -25,12 +25,7 @@ class ValidateCLI(RecipeCLI):
             help="Measure at this threshold beside the base model; without it the adapter's own, "
             "or the base model alone.",
         )
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="Take the weights from this checkpoint of `meansparse fit`.",
-        )
+        super().add_arguments_to_parser(parser)
 
 
 def run(args: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_meansparse.adapter.base import mark_measured, provenance
-from lightning_meansparse.callback.batches import calibration_data
+from lightning_meansparse.callback.batches import Counted, calibration_data
 from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.layer import Center
 from lightning_meansparse.moments import Statistics
@@ -78,7 +78,7 @@ def calibrated(
         sites = _sites(classifier, images, where, strict=strict)
         sparsify_(classifier.model, sites, center=center)
     _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
-    counted = _Counted(data.batches())
+    counted = Counted(data.batches())
     try:
         calibrate_(classifier, counted, statistics=statistics)
     except BaseException:
@@ -87,19 +87,6 @@ def calibrated(
     mark_measured(classifier)
     images_seen = summed(torch.tensor(counted.images), module.device)
     return {"data": data.origin, "images": int(images_seen)}
-
-
-class _Counted:
-    """Batches, and a count of the images that went by."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-        self.images = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            self.images += len(images_in(batch))
-            yield batch
 
 
 def _sites(

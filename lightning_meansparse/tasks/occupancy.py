@@ -165,8 +165,7 @@ def _replaced(op: MeanSparse, x: Tensor) -> Tensor:
     By the operator's own definition, not by comparing its output with its input: a value that is
     the mean already counts as replaced.
     """
-    centre = {"global": op.mean.mean().expand_as(op.mean), "zero": torch.zeros_like(op.mean)}
-    inside = (x - centre.get(op.center, op.mean)).abs() < op.alpha * op.var.sqrt()
+    inside = (x - op.reference).abs() < op.alpha * op.var.sqrt()
     return _by_channel(op, inside).sum(1, dtype=torch.float64).cpu()
 
 
