@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lightning_meansparse.records import (
     FORMAT_VERSION,
     HELD_OUT,
+    MAIN,
     SCHEMA,
     TEST,
     AlphaSummary,
@@ -28,6 +29,7 @@ from lightning_meansparse.records import (
     choose_alpha,
     environment,
     read_records,
+    rounds,
     rows,
     splits,
     summarize,
@@ -50,6 +52,9 @@ class FakeEvaluation:
     standing: Any
     attacked: Any
     margin: Any
+    noise: Any
+    zero_gradient: Any
+    probabilities: Any
     forwards: Any
     backwards: Any
     seed: int = 0
@@ -73,17 +78,24 @@ def evaluation(
         standing=torch.from_numpy(standing),
         attacked=torch.from_numpy(attacked),
         margin=torch.from_numpy(np.sin(indices).astype(np.float32)),
+        noise=torch.zeros(n),
+        zero_gradient=torch.full((n,), 0.25),
+        probabilities=torch.zeros(n, dtype=torch.bool),
         forwards=torch.from_numpy(attacked * 100),
         backwards=torch.from_numpy(attacked * 99),
     )
 
 
 def table(
-    survived: dict[float, np.ndarray], *, split: str = TEST, attacks: tuple[str, ...] = tuple(KINDS)
+    survived: dict[float, np.ndarray],
+    *,
+    split: str = TEST,
+    round: str = MAIN,
+    attacks: tuple[str, ...] = tuple(KINDS),
 ) -> pa.Table:
     return pa.concat_tables(
         [
-            rows(evaluation(values, attacks=attacks), alpha=alpha, split=split)
+            rows(evaluation(values, attacks=attacks), alpha=alpha, split=split, round=round)
             for alpha, values in survived.items()
         ]
     )
@@ -237,6 +249,18 @@ class TestTable:
         assert [row["forwards"] for row in middle] == [0, 100, 100, 0]
         assert {row["margin"] for row in middle} == {np.float32(math.sin(8))}
         assert {row["label"] for row in middle} == {8}
+        assert {row["round"] for row in middle} == {MAIN}
+        assert {row["noise"] for row in middle} == {0.0}
+        assert {row["zero_gradient"] for row in middle} == {0.25}
+        assert {row["probabilities"] for row in middle} == {False}
+
+    def test_an_evaluation_without_attacks_has_clean_rows_only(self) -> None:
+        made = table({0.0: np.array([0, 1, 1]), 0.2: np.array([1, 1, 1])}, attacks=())
+        assert set(made.column("attack").to_pylist()) == {"clean"}
+        base, found = summarize(made, split=TEST)
+        assert (base.robust, base.apparent, base.masking) == ({}, None, None)
+        assert base.worst == base.clean == Proportion(2, 3)
+        assert found.gain == Paired(1, 0, 3)
 
     @pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf])
     def test_alpha_must_be_a_threshold(self, alpha: float) -> None:
@@ -255,6 +279,10 @@ class TestTable:
             rows(good, alpha=0, split=TEST, kinds=["gradient"])
         with pytest.raises(ValueError, match="split must be"):
             rows(good, alpha=0, split="")
+        with pytest.raises(ValueError, match="round must be"):
+            rows(good, alpha=0, split=TEST, round="")
+        with pytest.raises(ValueError, match=r"evaluation\.noise"):
+            rows(replace(good, noise=torch.zeros(3)), alpha=0, split=TEST)
 
     def test_round_trip(self, tmp_path: Path) -> None:
         records = table({0.0: np.array([4, 2]), 0.2: np.array([4, 0])})
@@ -265,6 +293,31 @@ class TestTable:
         assert kept == metadata
         assert summarize(back, split=TEST) == summarize(records, split=TEST)
         assert write_records(back, path, kept) == path
+
+    def test_what_was_not_measured_comes_back_so(self, tmp_path: Path) -> None:
+        nothing = replace(
+            evaluation(np.array([1]), attacks=()), noise=[math.nan], zero_gradient=[math.nan]
+        )
+        path = write_records(rows(nothing, alpha=0, split=TEST), tmp_path / "r.parquet", {})
+        (row,) = read_records(path)[0].to_pylist()
+        assert math.isnan(row["noise"])
+        assert math.isnan(row["zero_gradient"])
+
+    def test_version_1_is_still_read(self, tmp_path: Path) -> None:
+        new = table({0.0: np.array([4, 2]), 0.2: np.array([4, 0])})
+        columns = ["round", "noise", "zero_gradient", "probabilities"]
+        text = json.dumps({"format_version": 1, "eps": 0.1})
+        old = new.drop_columns(columns).replace_schema_metadata({"meansparse": text})
+        pq.write_table(old, tmp_path / "old.parquet")
+        back, metadata = read_records(tmp_path / "old.parquet")
+        assert metadata == {"eps": 0.1}
+        assert back.schema.equals(SCHEMA)
+        assert back.drop_columns(columns).equals(new.drop_columns(columns))
+        assert set(back.column("round").to_pylist()) == {MAIN}
+        assert all(map(math.isnan, back.column("noise").to_pylist()))
+        assert all(map(math.isnan, back.column("zero_gradient").to_pylist()))
+        assert set(back.column("probabilities").to_pylist()) == {False}
+        assert summarize(back, split=TEST) == summarize(new, split=TEST)
 
     def test_the_file_does_not_depend_on_the_order_of_batches(self, tmp_path: Path) -> None:
         parts = [
@@ -482,6 +535,38 @@ class TestSummaries:
         with pytest.raises(ValueError, match="split must be one of"):
             summarize(records, split="validation")
 
+    def test_rounds_are_apart(self) -> None:
+        few, many = np.array([4, 1]), np.array([4, 4, 1, 1])
+        names = ("check:more-steps", "race-10", "race-2", "check:fewer-steps")
+        records = pa.concat_tables(
+            [
+                *(table({0.0: few, 0.4: few}, round=name, attacks=("smooth",)) for name in names),
+                table({0.0: many, 0.2: many}),
+                table({0.0: many}, split=HELD_OUT, round="clean-1", attacks=()),
+            ]
+        )
+        assert rounds(records, TEST) == (
+            "race-2",
+            "race-10",
+            MAIN,
+            "check:fewer-steps",
+            "check:more-steps",
+        )
+        assert rounds(records, HELD_OUT) == ("clean-1",)
+        assert [s.alpha for s in summarize(records, split=TEST)] == [0.0, 0.2]
+        raced = summarize(records, split=TEST, round="race-2")
+        assert [(s.alpha, s.round, s.n) for s in raced] == [(0.0, "race-2", 2), (0.4, "race-2", 2)]
+        with pytest.raises(ValueError, match=r"round must be one of \['clean-1'\]"):
+            summarize(records, split=HELD_OUT)
+
+    def test_a_round_pairs_with_its_own_base(self) -> None:
+        # The base of another round, or of another split, is no base here.
+        records = pa.concat_tables(
+            [table({0.0: np.array([4])}), table({0.2: np.array([4])}, round="race-1")]
+        )
+        with pytest.raises(ValueError, match=r"base model's rows .* round 'race-1'"):
+            summarize(records, split=TEST, round="race-1")
+
     @settings(deadline=None, max_examples=25)
     @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=20))
     def test_worst_is_never_above_what_came_before(self, pairs: list[tuple[int, int]]) -> None:
@@ -515,10 +600,11 @@ class TestChoice:
         with pytest.raises(ValueError, match="at least one"):
             choose_alpha([])
 
-    def test_splits_are_not_mixed(self) -> None:
+    def test_splits_and_rounds_are_not_mixed(self) -> None:
         one = summary(gained=1, lost=0, n=10)
-        with pytest.raises(ValueError, match="one split"):
-            choose_alpha([one, replace(one, split=HELD_OUT)])
+        for other in (replace(one, split=HELD_OUT), replace(one, round="race-1")):
+            with pytest.raises(ValueError, match="one round of one split"):
+                choose_alpha([one, other])
 
 
 class TestVerdict:

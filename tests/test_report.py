@@ -65,6 +65,9 @@ class Measured:
     standing: Any
     attacked: Any
     margin: Any
+    noise: Any
+    zero_gradient: Any
+    probabilities: Any
     forwards: Any
     backwards: Any
     seed: int = 0
@@ -96,6 +99,9 @@ def measured(
         standing=left[:, 1:],
         attacked=left[:, :-1],
         margin=np.cos(indices),
+        noise=np.zeros(n),
+        zero_gradient=np.zeros(n),
+        probabilities=np.zeros(n, dtype=bool),
         forwards=left[:, :-1] * steps,
         backwards=left[:, :-1] * steps,
     )

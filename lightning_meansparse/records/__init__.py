@@ -1,20 +1,23 @@
-"""Evaluation records: one row per (split, sample, alpha, attack), and every number drawn from them.
+"""Evaluation records: one row per sample, alpha and attack, and every number drawn from them.
 
 The rows are the measurement; accuracies, intervals, paired gains and the verdict are only ways to
 read them, so each can be recomputed from the file alone. A flat table makes a long run easy to
 write piece by piece: tables of several batches are concatenated, nothing else.
 
-Terms: *clean* is the accuracy without attack; *apparent* what is left after the attacks that
-follow the exact gradient (kind ``"gradient"``); *worst* what is left after every attack. The
-operator's gradient is zero inside its band, so *apparent* can be far above *worst*; the gap is
-called *masking*, and only attacks of another kind can measure it. A *gain* is worst-case accuracy
-minus that of the base (alpha = 0) **on the same samples under the same attacks**.
+Terms: a *round* is one comparable measurement inside a split: the same attacks on the same samples
+for all its alphas; ``"main"`` is the one that counts. *clean* is the accuracy without attack;
+*apparent* what is left after the attacks that follow the exact gradient (kind ``"gradient"``);
+*worst* what is left after every attack. The operator's gradient is zero inside its band, so
+*apparent* can be far above *worst*; the gap is called *masking*, and only attacks of another kind
+can measure it. A *gain* is worst-case accuracy minus that of the base (alpha = 0) **on the same
+samples under the same attacks**.
 """
 
 from lightning_meansparse.records.intervals import Paired, Proportion
 from lightning_meansparse.records.summary import (
     AlphaSummary,
     choose_alpha,
+    rounds,
     splits,
     summarize,
     verdict,
@@ -22,6 +25,7 @@ from lightning_meansparse.records.summary import (
 from lightning_meansparse.records.table import (
     FORMAT_VERSION,
     HELD_OUT,
+    MAIN,
     SCHEMA,
     TEST,
     environment,
@@ -33,6 +37,7 @@ from lightning_meansparse.records.table import (
 __all__ = [
     "FORMAT_VERSION",
     "HELD_OUT",
+    "MAIN",
     "SCHEMA",
     "TEST",
     "AlphaSummary",
@@ -41,6 +46,7 @@ __all__ = [
     "choose_alpha",
     "environment",
     "read_records",
+    "rounds",
     "rows",
     "splits",
     "summarize",

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_meansparse.records.intervals import Paired, Proportion
-from lightning_meansparse.records.table import HELD_OUT
+from lightning_meansparse.records.table import HELD_OUT, MAIN
 
 # Two passes over one image differ by float noise; two different images by far more.
 _MARGIN_TOLERANCE = 1e-2
@@ -20,17 +20,19 @@ _MARGIN_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class AlphaSummary:
-    """What one alpha did on one split.
+    """What one alpha did in one round of one split.
 
     Attributes:
         split: name of the split.
+        round: name of the round.
         alpha: threshold in standard deviations; 0 is the base model.
         n: number of samples.
         clean: accuracy without attack.
-        robust: accuracy left after each attack and all before it, in the order of the attacks.
+        robust: accuracy left after each attack and all before it, in the order of the attacks;
+            empty where none ran.
         kinds: kind of each attack in `robust`.
         apparent: accuracy left after the last attack of kind ``"gradient"``; None if none ran.
-        worst: accuracy left after all attacks.
+        worst: accuracy left after all attacks; `clean` where none ran.
         gain: ``worst`` minus the base model's, on the same samples, under the same attacks.
         masking: ``apparent - worst``, a fraction; None (not measured) where ``apparent`` is, and
             where no attack of another kind ran after the gradient ones.
@@ -39,6 +41,7 @@ class AlphaSummary:
     """
 
     split: str
+    round: str
     alpha: float
     n: int
     clean: Proportion
@@ -62,8 +65,20 @@ def splits(table: pa.Table) -> tuple[str, ...]:
     return tuple(sorted(pc.unique(table.column("split")).to_pylist()))
 
 
-def summarize(table: pa.Table, *, split: str) -> list[AlphaSummary]:
-    """Summarizes one split of a records table, alpha by alpha.
+def rounds(table: pa.Table, split: str) -> tuple[str, ...]:
+    """Names of a split's rounds: numbered ones by their number, `MAIN`, then the checks."""
+    names = pc.unique(table.filter(pc.equal(table.column("split"), split)).column("round"))
+
+    def rank(name: str) -> tuple[bool, bool, str, int]:
+        stem, _, number = name.rpartition("-")
+        known = (stem, int(number)) if number.isdecimal() else (name, 0)
+        return name.startswith("check:"), name == MAIN, *known
+
+    return tuple(sorted(names.to_pylist(), key=rank))
+
+
+def summarize(table: pa.Table, *, split: str, round: str = MAIN) -> list[AlphaSummary]:
+    """Summarizes one round of one split of a records table, alpha by alpha.
 
     A sample that occurs twice (a distributed sampler pads its last batch) counts once: it stands
     only where every copy stands, and the dearer copy gives the cost.
@@ -71,30 +86,44 @@ def summarize(table: pa.Table, *, split: str) -> list[AlphaSummary]:
     Args:
         table: records with the columns of `SCHEMA`.
         split: which split; the names are in ``splits(table)``.
+        round: which round of it; the names are in ``rounds(table, split)``.
 
     Returns:
         One summary per alpha, ascending; the first is the base model.
 
     Raises:
-        ValueError: the split or the base rows are missing, an alpha ran on other samples or under
-            other attacks than the base, a sample lacks an attack, stands up again after it fell,
-            or one index names two different images.
+        ValueError: the split, the round or the base rows are missing, an alpha ran on other
+            samples or under other attacks than the base, a sample lacks an attack, stands up again
+            after it fell, or one index names two different images.
     """
     if split not in splits(table):
         raise ValueError(
             f"split must be one of {list(splits(table))}, the splits in these records. "
             f"Got {split!r}."
         )
-    table = table.filter(pc.equal(table.column("split"), split))
+    known = rounds(table, split)
+    if round not in known:
+        raise ValueError(
+            f"round must be one of {list(known)}, the rounds of split {split!r}. Got {round!r}."
+        )
+    chosen = pc.and_(pc.equal(table.column("split"), split), pc.equal(table.column("round"), round))
+    table = table.filter(chosen)
     alphas = sorted(pc.unique(table.column("alpha")).to_pylist())
     if alphas[0] != 0.0:
         raise ValueError(
-            f"table must hold the base model's rows (alpha = 0) of split {split!r}: a gain is "
-            f"measured against them. Got alphas {alphas}; add 0 to the sweep's alphas."
+            f"table must hold the base model's rows (alpha = 0) of {_place(split, round)}: a "
+            f"gain is measured against them. Got alphas {alphas}; add 0 to the sweep's alphas."
         )
     column = table.column("alpha")
-    runs = [_Run.from_rows(table.filter(pc.equal(column, alpha)), split, alpha) for alpha in alphas]
+    runs = [
+        _Run.from_rows(table.filter(pc.equal(column, alpha)), split, round, alpha)
+        for alpha in alphas
+    ]
     return [run.summary(base=runs[0]) for run in runs]
+
+
+def _place(split: str, round: str) -> str:
+    return f"split {split!r}" + ("" if round == MAIN else f", round {round!r}")
 
 
 def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
@@ -103,20 +132,20 @@ def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
     To stay honest, give it summaries of held-out data and report on the test split.
 
     Args:
-        summaries: summaries of one split.
+        summaries: summaries of one round.
 
     Returns:
         The best alpha; of equals the smallest; 0.0 unless some alpha beats the base.
 
     Raises:
-        ValueError: there are no summaries, or they are of several splits.
+        ValueError: there are no summaries, or they are of several splits or rounds.
     """
     if not summaries:
         raise ValueError("summaries must hold at least one summary. Got none.")
-    if len({summary.split for summary in summaries}) > 1:
+    places = sorted({_place(summary.split, summary.round) for summary in summaries})
+    if len(places) > 1:
         raise ValueError(
-            "summaries must come from one split, the one that chooses. "
-            f"Got {sorted({summary.split for summary in summaries})}."
+            f"summaries must come from one round of one split, the one that chooses. Got {places}."
         )
 
     def rank(summary: AlphaSummary) -> tuple[Fraction, float]:
@@ -189,7 +218,7 @@ def _p(p: float) -> str:
 
 @dataclass(frozen=True)
 class _Run:
-    """One alpha on one split as arrays, checked and free of duplicates.
+    """One alpha in one round as arrays, checked and free of duplicates.
 
     Attributes:
         names: ``"clean"`` and the attacks, in order; kinds likewise.
@@ -199,6 +228,7 @@ class _Run:
     """
 
     split: str
+    round: str
     alpha: float
     names: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -207,9 +237,9 @@ class _Run:
     cost: tuple[int, int]
 
     @classmethod
-    def from_rows(cls, table: pa.Table, split: str, alpha: float) -> _Run:
+    def from_rows(cls, table: pa.Table, split: str, round: str, alpha: float) -> _Run:
         """Raises ValueError, naming the sample or attack, when rows contradict each other."""
-        where = f"alpha = {alpha:g} of split {split!r}"
+        where = f"alpha = {alpha:g} of {_place(split, round)}"
         column = {name: table.column(name).to_numpy() for name in table.column_names}
         steps = sorted(set(zip(column["order"], column["attack"], column["kind"], strict=True)))
         orders, names, kinds = zip(*steps, strict=True)
@@ -252,11 +282,11 @@ class _Run:
             spent = np.zeros(shape, dtype=np.int64)
             np.maximum.at(spent, cell, column[name])
             cost.append(int(spent.sum()))
-        return cls(split, alpha, names, kinds, indices, standing, (cost[0], cost[1]))
+        return cls(split, round, alpha, names, kinds, indices, standing, (cost[0], cost[1]))
 
     def summary(self, *, base: _Run) -> AlphaSummary:
         """Compares with the base run; raises ValueError unless it is comparable."""
-        where = f"alpha = {self.alpha:g} of split {self.split!r}"
+        where = f"alpha = {self.alpha:g} of {_place(self.split, self.round)}"
         if self.names != base.names:
             raise ValueError(
                 f"{where} must be attacked as the base model was, by {list(base.names[1:])}. "
@@ -279,6 +309,7 @@ class _Run:
         others = base.standing[np.searchsorted(base.indices, self.indices), -1]
         return AlphaSummary(
             split=self.split,
+            round=self.round,
             alpha=self.alpha,
             n=n,
             clean=left[0],

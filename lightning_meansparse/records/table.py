@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     from lightning_meansparse.attacks import Evaluation
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the file layout; it moves alone, and readers keep every older one."""
 
 HELD_OUT = "held-out"
@@ -27,9 +27,13 @@ HELD_OUT = "held-out"
 TEST = "test"
 """Split name of the samples that are reported and never choose anything."""
 
+MAIN = "main"
+"""The round that counts; the others only led to a choice (racing, bisection) or are checks."""
+
 SCHEMA = pa.schema(
     [
         pa.field("split", pa.string(), nullable=False),
+        pa.field("round", pa.string(), nullable=False),
         pa.field("index", pa.int64(), nullable=False),
         pa.field("label", pa.int64(), nullable=False),
         pa.field("alpha", pa.float64(), nullable=False),
@@ -39,30 +43,48 @@ SCHEMA = pa.schema(
         pa.field("standing", pa.bool_(), nullable=False),
         pa.field("attacked", pa.bool_(), nullable=False),
         pa.field("margin", pa.float32(), nullable=False),
+        pa.field("noise", pa.float32(), nullable=False),
+        pa.field("zero_gradient", pa.float32(), nullable=False),
+        pa.field("probabilities", pa.bool_(), nullable=False),
         pa.field("forwards", pa.int64(), nullable=False),
         pa.field("backwards", pa.int64(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
     ]
 )
-"""Columns of a records table. ``standing`` is cumulative; ``margin`` is the clean logit margin."""
+"""Columns of a records table.
+
+``standing`` is cumulative. Four columns tell of the clean image, on every row of it: ``margin`` of
+the logits, ``noise`` (largest change of a logit between two forward passes), ``zero_gradient``
+(share of the pixels whose gradient is exactly 0), ``probabilities`` (the output looks like some).
+``noise`` and ``zero_gradient`` are NaN where they were not measured.
+"""
 
 _KEY = b"meansparse"
+_SORTED_BY = ("split", "round", "alpha", "index", "order")
 _PACKAGES = ("lightning_meansparse", "torch", "lightning", "timm", "transformers", "torchattacks")
 
 
 def rows(
-    evaluation: Evaluation, *, alpha: float, split: str, kinds: Sequence[str] | None = None
+    evaluation: Evaluation,
+    *,
+    alpha: float,
+    split: str,
+    round: str = MAIN,
+    kinds: Sequence[str] | None = None,
 ) -> pa.Table:
     """Turns one batch's evaluation into a records table.
 
-    The first attack of every sample is ``"clean"`` (order 0, kind ``"clean"``, no evaluations).
+    The first attack of every sample is ``"clean"`` (order 0, kind ``"clean"``, no evaluations); of
+    an evaluation without attacks it is the only one.
 
     Args:
         evaluation: an `Evaluation`: ``attacks``, ``labels``, ``indices``, ``clean``, ``standing``,
-            ``attacked``, ``margin``, ``forwards``, ``backwards``, ``seed`` for N samples and A
-            attacks, as tensors or arrays.
+            ``attacked``, ``margin``, ``noise``, ``zero_gradient``, ``probabilities``,
+            ``forwards``, ``backwards``, ``seed`` for N samples and A attacks, as tensors or arrays.
         alpha: threshold in standard deviations; 0 for the base model.
         split: name of the split, `HELD_OUT` or `TEST`.
+        round: name of the comparable measurement inside the split: the same attacks on the same
+            samples for every alpha of it.
         kinds: kind of each attack; ``evaluation.kinds`` when None.
 
     Returns:
@@ -75,6 +97,8 @@ def rows(
         raise ValueError(f"alpha must be a finite number >= 0 (0 = base model). Got {alpha}.")
     if not split:
         raise ValueError(f"split must be a name such as {HELD_OUT!r} or {TEST!r}. Got ''.")
+    if not round:
+        raise ValueError(f"round must be a name such as {MAIN!r}. Got ''.")
     attacks = tuple(evaluation.attacks)
     if len({"clean", *attacks}) != len(attacks) + 1:
         raise ValueError(
@@ -96,6 +120,7 @@ def rows(
     nothing = np.zeros(n, dtype=np.int64)
     columns = {
         "split": [split] * (n * width),
+        "round": [round] * (n * width),
         "index": np.repeat(indices, width),
         "label": per_sample("labels"),
         "alpha": np.full(n * width, abs(float(alpha))),
@@ -105,6 +130,9 @@ def rows(
         "standing": per_attack("standing", _array(evaluation, "clean", (n,))),
         "attacked": per_attack("attacked", nothing.astype(bool)),
         "margin": per_sample("margin").astype(np.float32),
+        "noise": per_sample("noise").astype(np.float32),
+        "zero_gradient": per_sample("zero_gradient").astype(np.float32),
+        "probabilities": per_sample("probabilities"),
         "forwards": per_attack("forwards", nothing),
         "backwards": per_attack("backwards", nothing),
         "seed": np.full(n * width, int(evaluation.seed)),
@@ -129,8 +157,8 @@ def write_records(
 ) -> Path:
     """Writes records as one Parquet file, atomically: a crash leaves the old file as it was.
 
-    Rows are sorted by split, alpha, index and order, so that the file does not depend on how
-    batches or ranks were scheduled.
+    Rows are sorted by split, round, alpha, index and order, so that the file does not depend on
+    how batches or ranks were scheduled.
 
     Args:
         tables: one table or several, with the columns of `SCHEMA`.
@@ -157,7 +185,7 @@ def write_records(
         {**metadata, "format_version": FORMAT_VERSION}, sort_keys=True, allow_nan=False
     )
     table = pa.concat_tables([part.select(SCHEMA.names).cast(SCHEMA) for part in parts])
-    table = table.sort_by([(name, "ascending") for name in ("split", "alpha", "index", "order")])
+    table = table.sort_by([(name, "ascending") for name in _SORTED_BY])
     table = table.replace_schema_metadata({_KEY: text.encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -170,7 +198,10 @@ def write_records(
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """Reads what `write_records` wrote.
+    """Reads what `write_records` wrote, now or in an older version of the format.
+
+    Version 1 knew one round, `MAIN`, and neither ``noise`` nor ``zero_gradient`` nor
+    ``probabilities``.
 
     Returns:
         The table, with the columns of `SCHEMA`, and the metadata.
@@ -203,8 +234,18 @@ def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
             f"'{path}' has format_version {version}; this version of lightning_meansparse reads up "
             f"to {FORMAT_VERSION}. Upgrade with `pip install -U lightning_meansparse`."
         )
+    if version == 1:
+        table = _from_version_1(table)
     _check_columns(table, f"'{path}'")
     return table.select(SCHEMA.names).cast(SCHEMA), metadata
+
+
+def _from_version_1(table: pa.Table) -> pa.Table:
+    unknown = {"round": MAIN, "noise": math.nan, "zero_gradient": math.nan, "probabilities": False}
+    for name, value in unknown.items():
+        constant = pa.repeat(pa.scalar(value, SCHEMA.field(name).type), table.num_rows)
+        table = table.append_column(name, constant)
+    return table
 
 
 def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
