@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.attacks.ball import Ball
-from lightning_meansparse.attacks.pgd import Outcome, StartedAttack, cross_entropy
+from lightning_meansparse.attacks.losses import cross_entropy, dlr_loss, margin_loss
+from lightning_meansparse.attacks.pgd import Outcome, StartedAttack
 
 LOSSES = ("ce", "dlr", "dlr-targeted", "margin")
 
@@ -225,30 +226,6 @@ class APGD(StartedAttack):
         if self.loss == "dlr":
             return lambda logits: dlr_loss(logits, labels)
         return lambda logits: dlr_loss(logits, labels, targets)
-
-
-def margin_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Best other logit (or the target's) minus the true one, ``(N,)``; positive when wrong."""
-    true = logits.gather(1, labels[:, None]).squeeze(1)
-    if targets is not None:
-        return logits.gather(1, targets[:, None]).squeeze(1) - true
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1) - true
-
-
-def dlr_loss(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Difference of logits ratio, ``(N,)`` (Croce & Hein, Eq. 6; with ``targets`` Eq. 7).
-
-    The margin over a spread of the largest logits, so that scaling the logits changes nothing. The
-    targeted version needs the fourth largest logit: with three classes the third takes its place.
-    With two classes every ratio is constant, and the margin itself is used.
-    """
-    margin = margin_loss(logits, labels, targets)
-    classes = logits.shape[1]
-    if classes == 2:
-        return margin
-    top = logits.topk(min(4, classes), dim=1).values
-    low = top[:, 2] if targets is None else (top[:, 2] + top[:, -1]) / 2
-    return margin / (top[:, 0] - low + 1e-12)
 
 
 def checkpoints(steps: int) -> frozenset[int]:

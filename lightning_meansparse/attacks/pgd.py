@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_meansparse.attacks.ball import Ball
 from lightning_meansparse.attacks.guard import stands
 from lightning_meansparse.attacks.library import load_torchattacks
+from lightning_meansparse.attacks.losses import cross_entropy
 
 _Attack: Any = load_torchattacks().attack.Attack
 
@@ -174,19 +175,3 @@ class PGD(StartedAttack):
             ball = ball.select(standing)
             points = ball.project(points + self.step_size * self.eps * ball.direction(slope))
         return outcome
-
-
-def cross_entropy(labels: Tensor) -> Any:
-    """Cross-entropy's order and direction without its saturation.
-
-    ``log sum_{j != y} exp(z_j) - z_y``: cross-entropy is softplus of it, so both rise together and
-    their gradients are parallel; but this one does not vanish in float32 when the model is sure of
-    itself.
-    """
-
-    def loss(logits: Tensor) -> Tensor:
-        column = labels[:, None]
-        others = logits.scatter(1, column, -torch.inf)
-        return others.logsumexp(dim=1) - logits.gather(1, column).squeeze(1)
-
-    return loss

@@ -89,7 +89,7 @@ def test_confident_models_are_not_robust_models(images: Tensor) -> None:
 
 
 def test_our_cross_entropy_has_the_direction_and_order_of_the_usual_one() -> None:
-    from lightning_meansparse.attacks.pgd import cross_entropy
+    from lightning_meansparse.attacks.losses import cross_entropy
 
     logits = (3 * torch.randn(50, 6, dtype=torch.float64)).requires_grad_()
     labels = torch.randint(6, (50,))
