@@ -23,6 +23,7 @@ from lightning_meansparse.attacks.guard import (
 )
 from lightning_meansparse.attacks.library import build_attack, check_attack
 from lightning_meansparse.attacks.suites import AttackSpec, check_norm, parse_eps, resolve_attacks
+from lightning_meansparse.attacks.symptoms import symptoms
 from lightning_meansparse.surgery import alpha_set, backward_rule
 
 
@@ -42,6 +43,12 @@ class Evaluation:
             ``(N, A)`` bool.
         margin: True logit minus the best other one on the clean image, ``(N,)`` float32.
         predictions: Predicted classes of the clean images, ``(N,)`` int64.
+        noise: Largest difference of a logit between two forward passes of the same clean image,
+            ``(N,)`` float32; 0 for a model whose output is not random. NaN without attacks.
+        zero_gradient: Share of the pixels of the clean image at which the exact gradient of the
+            loss is 0, ``(N,)`` float32. NaN without attacks.
+        probabilities: Whether the output looks like probabilities: no attack can use more than
+            their logarithms, which saturate. ``(N,)`` bool.
         forwards: Forward passes spent per sample and attack, ``(N, A)`` int64, with the one that
             scores the example. For attacks that drop samples on their own the total is exact and
             its split over samples even.
@@ -60,6 +67,9 @@ class Evaluation:
     attacked: Tensor
     margin: Tensor
     predictions: Tensor
+    noise: Tensor
+    zero_gradient: Tensor
+    probabilities: Tensor
     forwards: Tensor
     backwards: Tensor
     seed: int
@@ -74,7 +84,7 @@ class Evaluation:
     @property
     def worst(self) -> Tensor:
         """Standing after every attack, ``(N,)`` bool: the per-sample worst case."""
-        return self.standing[:, -1]
+        return self.standing[:, -1] if self.attacks else self.clean
 
 
 @dataclass
@@ -145,7 +155,7 @@ def evaluate(
         classifier: Float pixels in [0, 1], ``(N, C, H, W)``, to logits ``(N, classes)``.
         images: Clean images.
         labels: True classes, ``(N,)`` int64.
-        attacks: As `resolve_attacks` takes them.
+        attacks: As `resolve_attacks` takes them; ``()`` for the clean accuracy alone.
         eps: Radius in pixel units, e.g. ``"8/255"``.
         norm: ``"Linf"`` or ``"L2"``.
         seed: All noise of a sample depends on this and on its index alone (attacks of other
@@ -168,7 +178,7 @@ def evaluate(
     """
     radius = parse_eps(eps, norm)
     check_norm(norm)
-    specs = resolve_attacks(attacks)
+    specs = () if attacks == () else resolve_attacks(attacks)
     for spec in specs:
         check_attack(spec, norm)
     if batch_size < 1:
@@ -189,12 +199,13 @@ def evaluate(
         run = _Run(
             model, watched, x, y, numbers, radius, norm, seed, logits.shape[1], base, batch_size
         )
+        seen = symptoms(model, x, y, logits, batch_size=batch_size if specs else 0)
         standing, examples = clean.clone(), x.clone()
-        flags, tried = [], []
+        flags, tried = torch.zeros(2, len(x), len(specs), dtype=torch.bool, device=device)
         spent = torch.zeros(2, len(x), len(specs), dtype=torch.int64, device=device)
         for a, spec in enumerate(specs):
             say(f"{spec.name}: {int(standing.sum())} of {len(x)} images standing")
-            tried.append(standing.clone())
+            tried[:, a] = standing
             active = standing.nonzero().squeeze(1)
             for rows in torch.split(active, batch_size) if len(active) else ():
                 found, cost = run.attack(spec, rows)
@@ -202,17 +213,20 @@ def evaluate(
                 standing[rows] &= run.judge(found, y[rows])
                 spent[:, rows, a] += cost
                 spent[0, rows, a] += 1  # the forward that judged
-            flags.append(standing.clone())
+            flags[:, a] = standing
         return Evaluation(
             attacks=tuple(spec.name for spec in specs),
             kinds=tuple(spec.kind for spec in specs),
             labels=y.cpu(),
             indices=numbers,
             clean=clean.cpu(),
-            standing=torch.stack(flags, dim=1).cpu(),
-            attacked=torch.stack(tried, dim=1).cpu(),
+            standing=flags.cpu(),
+            attacked=tried.cpu(),
             margin=(logits.gather(1, y[:, None]).squeeze(1) - others).cpu(),
             predictions=logits.argmax(dim=1).cpu(),
+            noise=seen.noise.cpu(),
+            zero_gradient=seen.zero_gradient.cpu(),
+            probabilities=seen.probabilities.cpu(),
             forwards=spent[0].cpu(),
             backwards=spent[1].cpu(),
             seed=seed,

@@ -39,8 +39,8 @@ def test_counts_are_those_of_the_model(net: ConvNet, images: Tensor, labels: Ten
     net.register_forward_hook(forward)
     suite = [*SHORT, {"attack": "apgd-t", "options": {"steps": 4}}, "torchattacks.BIM"]
     result = evaluate(net, images[:16], labels[:16], attacks=suite, eps=EPS / 2)
-    assert seen[0] == result.forwards.sum() + 16  # the clean forward
-    assert seen[1] == result.backwards.sum()
+    assert seen[0] == result.forwards.sum() + 2 * 16  # the clean accuracy, and the symptoms
+    assert seen[1] == result.backwards.sum() + 16
 
 
 def test_the_order_of_samples_does_not_matter(

@@ -1,0 +1,51 @@
+"""What a model does on clean images that makes the failure of an attack mean little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_meansparse.attacks.losses import cross_entropy
+
+_SUM_OF_PROBABILITIES = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Symptoms:
+    """Per sample, ``(N,)``; see the fields of the same names in `Evaluation`."""
+
+    noise: Tensor
+    zero_gradient: Tensor
+    probabilities: Tensor
+
+
+def symptoms(
+    model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, *, batch_size: int
+) -> Symptoms:
+    """Look at clean images once more: another forward pass, and the gradient of the loss.
+
+    Args:
+        model: Pixels to logits, held still.
+        images: Clean images, ``(N, C, H, W)``.
+        labels: True classes, ``(N,)``.
+        logits: What the model said about them a moment ago, ``(N, classes)``.
+        batch_size: Samples per pass; with 0 only ``logits`` are looked at.
+    """
+    noise = torch.full((len(images),), torch.nan, device=images.device)
+    zero = noise.clone()
+    for rows in torch.split(torch.arange(len(images)), batch_size) if batch_size else ():
+        pixels = images[rows].clone().requires_grad_()
+        with torch.enable_grad():
+            again = model(pixels).float()
+        # Infinite and NaN logits that come again are no noise.
+        change = torch.nan_to_num(again.detach() - logits[rows], nan=0.0)
+        noise[rows] = change.abs().amax(dim=1)
+        zero[rows] = 1.0
+        if again.requires_grad:
+            loss = cross_entropy(labels[rows])(again).sum()
+            (slope,) = torch.autograd.grad(loss, pixels)
+            zero[rows] = (slope == 0).flatten(1).float().mean(dim=1)
+    sums_to_one = (logits.sum(dim=1) - 1).abs() < _SUM_OF_PROBABILITIES
+    return Symptoms(noise, zero, sums_to_one & (logits >= 0).all(dim=1))
