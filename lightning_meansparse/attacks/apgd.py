@@ -211,7 +211,8 @@ class APGD(StartedAttack):
     def _check(self, state: _State, length: int) -> None:
         """Halve the step and go back to the best point where the loss no longer rises."""
         stuck = ~state.halved_at_check & (state.best_loss_at_check >= state.best_loss)
-        halve = (state.rises < self.rho * length) | stuck
+        # The paper has < here; the authors' code, which made every published number, has <=.
+        halve = (state.rises <= self.rho * length) | stuck
         state.step = torch.where(halve, state.step / 2, state.step)
         state.point = torch.where(_wide(halve), state.best, state.point)
         state.slope = torch.where(_wide(halve), state.best_slope, state.slope)
