@@ -14,14 +14,8 @@ samples under the same attacks**.
 """
 
 from lightning_meansparse.records.intervals import Paired, Proportion
-from lightning_meansparse.records.summary import (
-    AlphaSummary,
-    choose_alpha,
-    rounds,
-    splits,
-    summarize,
-    verdict,
-)
+from lightning_meansparse.records.runs import rounds, splits
+from lightning_meansparse.records.summary import AlphaSummary, choose_alpha, summarize, verdict
 from lightning_meansparse.records.table import (
     FORMAT_VERSION,
     HELD_OUT,

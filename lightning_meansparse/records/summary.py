@@ -9,13 +9,10 @@ from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lightning_meansparse.records.intervals import Paired, Proportion
+from lightning_meansparse.records.runs import Run, place, runs
 from lightning_meansparse.records.table import HELD_OUT, MAIN
-
-# Two passes over one image differ by float noise; two different images by far more.
-_MARGIN_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,23 +57,6 @@ class AlphaSummary:
         return Proportion(self.worst.k - self.gain.gained + self.gain.lost, self.n)
 
 
-def splits(table: pa.Table) -> tuple[str, ...]:
-    """Names of the splits in a records table, sorted."""
-    return tuple(sorted(pc.unique(table.column("split")).to_pylist()))
-
-
-def rounds(table: pa.Table, split: str) -> tuple[str, ...]:
-    """Names of a split's rounds: numbered ones by their number, `MAIN`, then the checks."""
-    names = pc.unique(table.filter(pc.equal(table.column("split"), split)).column("round"))
-
-    def rank(name: str) -> tuple[bool, bool, str, int]:
-        stem, _, number = name.rpartition("-")
-        known = (stem, int(number)) if number.isdecimal() else (name, 0)
-        return name.startswith("check:"), name == MAIN, *known
-
-    return tuple(sorted(names.to_pylist(), key=rank))
-
-
 def summarize(table: pa.Table, *, split: str, round: str = MAIN) -> list[AlphaSummary]:
     """Summarizes one round of one split of a records table, alpha by alpha.
 
@@ -96,34 +76,35 @@ def summarize(table: pa.Table, *, split: str, round: str = MAIN) -> list[AlphaSu
             samples or under other attacks than the base, a sample lacks an attack, stands up again
             after it fell, or one index names two different images.
     """
-    if split not in splits(table):
-        raise ValueError(
-            f"split must be one of {list(splits(table))}, the splits in these records. "
-            f"Got {split!r}."
-        )
-    known = rounds(table, split)
-    if round not in known:
-        raise ValueError(
-            f"round must be one of {list(known)}, the rounds of split {split!r}. Got {round!r}."
-        )
-    chosen = pc.and_(pc.equal(table.column("split"), split), pc.equal(table.column("round"), round))
-    table = table.filter(chosen)
-    alphas = sorted(pc.unique(table.column("alpha")).to_pylist())
-    if alphas[0] != 0.0:
-        raise ValueError(
-            f"table must hold the base model's rows (alpha = 0) of {_place(split, round)}: a "
-            f"gain is measured against them. Got alphas {alphas}; add 0 to the sweep's alphas."
-        )
-    column = table.column("alpha")
-    runs = [
-        _Run.from_rows(table.filter(pc.equal(column, alpha)), split, round, alpha)
-        for alpha in alphas
-    ]
-    return [run.summary(base=runs[0]) for run in runs]
+    base, *others = runs(table, split, round)
+    return [_summary(run, base) for run in (base, *others)]
 
 
-def _place(split: str, round: str) -> str:
-    return f"split {split!r}" + ("" if round == MAIN else f", round {round!r}")
+def _summary(run: Run, base: Run) -> AlphaSummary:
+    n = len(run.indices)
+    left = [Proportion(int(flags.sum()), n) for flags in run.standing.T]
+    exact = [step for step, kind in enumerate(run.kinds) if kind == "gradient"]
+    apparent = left[exact[-1]] if exact else None
+    masking = None
+    if apparent is not None and exact[-1] < len(run.kinds) - 1:
+        masking = (apparent.k - left[-1].k) / n
+    mine = run.standing[:, -1]
+    others = base.standing[np.searchsorted(base.indices, run.indices), -1]
+    return AlphaSummary(
+        split=run.split,
+        round=run.round,
+        alpha=run.alpha,
+        n=n,
+        clean=left[0],
+        robust=dict(zip(run.names[1:], left[1:], strict=True)),
+        kinds=dict(zip(run.names[1:], run.kinds[1:], strict=True)),
+        apparent=apparent,
+        worst=left[-1],
+        gain=Paired(int((mine & ~others).sum()), int((others & ~mine).sum()), n),
+        masking=masking,
+        forwards=run.forwards,
+        backwards=run.backwards,
+    )
 
 
 def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
@@ -142,7 +123,7 @@ def choose_alpha(summaries: Sequence[AlphaSummary]) -> float:
     """
     if not summaries:
         raise ValueError("summaries must hold at least one summary. Got none.")
-    places = sorted({_place(summary.split, summary.round) for summary in summaries})
+    places = sorted({place(summary.split, summary.round) for summary in summaries})
     if len(places) > 1:
         raise ValueError(
             f"summaries must come from one round of one split, the one that chooses. Got {places}."
@@ -214,111 +195,3 @@ def verdict(summary: AlphaSummary, *, chose: bool | None = None) -> str:
 
 def _p(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One alpha in one round as arrays, checked and free of duplicates.
-
-    Attributes:
-        names: ``"clean"`` and the attacks, in order; kinds likewise.
-        indices: sample indices, ascending, (N,).
-        standing: cumulative flags, (N, A + 1).
-        cost: forward and backward passes of all samples.
-    """
-
-    split: str
-    round: str
-    alpha: float
-    names: tuple[str, ...]
-    kinds: tuple[str, ...]
-    indices: np.ndarray
-    standing: np.ndarray
-    cost: tuple[int, int]
-
-    @classmethod
-    def from_rows(cls, table: pa.Table, split: str, round: str, alpha: float) -> _Run:
-        """Raises ValueError, naming the sample or attack, when rows contradict each other."""
-        where = f"alpha = {alpha:g} of {_place(split, round)}"
-        column = {name: table.column(name).to_numpy() for name in table.column_names}
-        steps = sorted(set(zip(column["order"], column["attack"], column["kind"], strict=True)))
-        orders, names, kinds = zip(*steps, strict=True)
-        if len(set(orders)) < len(steps) or len(set(names)) < len(steps) or names[0] != "clean":
-            raise ValueError(
-                f"table must hold one order of attacks, 'clean' first, for {where}. "
-                f"Got {[(int(order), name) for order, name, _ in steps]}."
-            )
-        indices, row = np.unique(column["index"], return_inverse=True)
-        shape, cell = (len(indices), len(steps)), (row, np.searchsorted(orders, column["order"]))
-        seen = np.zeros(shape, dtype=bool)
-        seen[cell] = True
-        if not seen.all():
-            sample, attack = np.argwhere(~seen)[0]
-            raise ValueError(
-                f"table must hold every attack for every sample of {where}. Sample "
-                f"{indices[sample]} lacks {names[attack]!r}; run the sweep again to complete it."
-            )
-        for name, tolerance in (("label", 0.0), ("margin", _MARGIN_TOLERANCE)):
-            values = column[name].astype(np.float64)
-            first = np.empty(len(indices))
-            first[row] = values
-            same = np.isclose(values, first[row], rtol=tolerance, atol=tolerance, equal_nan=True)
-            if not same.all():
-                raise ValueError(
-                    f"table must name each image by one index. In {where}, index "
-                    f"{column['index'][~same][0]} has two values of {name!r}; number the samples "
-                    "over the whole split, not per batch."
-                )
-        standing = np.ones(shape, dtype=bool)
-        np.logical_and.at(standing, cell, column["standing"])
-        risen = np.argwhere(standing[:, 1:] & ~standing[:, :-1])
-        if len(risen):
-            raise ValueError(
-                f"standing must be cumulative: in {where}, sample {indices[risen[0, 0]]} fell "
-                f"before {names[risen[0, 1] + 1]!r} and stands after it."
-            )
-        cost = []
-        for name in ("forwards", "backwards"):
-            spent = np.zeros(shape, dtype=np.int64)
-            np.maximum.at(spent, cell, column[name])
-            cost.append(int(spent.sum()))
-        return cls(split, round, alpha, names, kinds, indices, standing, (cost[0], cost[1]))
-
-    def summary(self, *, base: _Run) -> AlphaSummary:
-        """Compares with the base run; raises ValueError unless it is comparable."""
-        where = f"alpha = {self.alpha:g} of {_place(self.split, self.round)}"
-        if self.names != base.names:
-            raise ValueError(
-                f"{where} must be attacked as the base model was, by {list(base.names[1:])}. "
-                f"Got {list(self.names[1:])}."
-            )
-        unpaired = np.setdiff1d(self.indices, base.indices)
-        if len(unpaired):
-            raise ValueError(
-                f"table must hold the base model's rows (alpha = 0) for every sample of {where}. "
-                f"{len(unpaired)} are missing, the first is index {unpaired[0]}."
-            )
-        n = len(self.indices)
-        left = [Proportion(int(flags.sum()), n) for flags in self.standing.T]
-        exact = [place for place, kind in enumerate(self.kinds) if kind == "gradient"]
-        apparent = left[exact[-1]] if exact else None
-        masking = None
-        if apparent is not None and exact[-1] < len(self.kinds) - 1:
-            masking = (apparent.k - left[-1].k) / n
-        mine = self.standing[:, -1]
-        others = base.standing[np.searchsorted(base.indices, self.indices), -1]
-        return AlphaSummary(
-            split=self.split,
-            round=self.round,
-            alpha=self.alpha,
-            n=n,
-            clean=left[0],
-            robust=dict(zip(self.names[1:], left[1:], strict=True)),
-            kinds=dict(zip(self.names[1:], self.kinds[1:], strict=True)),
-            apparent=apparent,
-            worst=left[-1],
-            gain=Paired(int((mine & ~others).sum()), int((others & ~mine).sum()), n),
-            masking=masking,
-            forwards=self.cost[0],
-            backwards=self.cost[1],
-        )
