@@ -45,7 +45,7 @@ SMALL = [
     *("--trainer.accelerator", "cpu"),
 ]
 CHEAP = (
-    '[{"attack": "pgd", "options": {"steps": 1}}, {"attack": "adaptive", "options": {"steps": 1}}]'
+    '[{"attack": "pgd", "options": {"steps": 1}}, {"attack": "adaptive-ce", "options": {"steps": 1}}]'
 )
 
 

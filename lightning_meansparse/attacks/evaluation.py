@@ -22,7 +22,8 @@ from lightning_meansparse.attacks.guard import (
     stands,
 )
 from lightning_meansparse.attacks.library import build_attack, check_attack
-from lightning_meansparse.attacks.suites import AttackSpec, check_norm, parse_eps, resolve_attacks
+from lightning_meansparse.attacks.spec import AttackSpec, check_norm, parse_eps
+from lightning_meansparse.attacks.suites import resolve_attacks
 from lightning_meansparse.attacks.symptoms import symptoms
 from lightning_meansparse.surgery import alpha_set, backward_rule
 

@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import inspect
 import io
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from lightning_meansparse.attacks.suites import AttackSpec
+from lightning_meansparse.attacks.spec import AttackSpec
 
 _BOTH = frozenset({"APGD", "FAB", "Square", "AutoAttack"})
 _LINF = frozenset(
@@ -38,6 +39,9 @@ _LINF = frozenset(
     ]
 )
 _L2 = frozenset(["CW", "PGDL2", "PGDRSL2", "DeepFool", "EADEN"])
+
+_GIVEN = frozenset({"eps", "norm", "seed", "n_classes", "resc_schedule", "verbose"})
+"""Arguments of a constructor that `build_attack` decides, or that decide nothing."""
 
 MAX_TARGETS = 9
 """Targets of a targeted attack per sample, as in AutoAttack; fewer when there are fewer classes."""
@@ -82,6 +86,22 @@ def attack_class(spec: AttackSpec) -> type:
     return found
 
 
+def spelled_out(spec: AttackSpec) -> AttackSpec:
+    """The same attack with its class's own defaults written out, so that a result can quote them.
+
+    Raises:
+        ImportError: As `attack_class`.
+        ValueError: As `attack_class`.
+    """
+    parameters = inspect.signature(attack_class(spec)).parameters.values()
+    options = {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.name not in _GIVEN and isinstance(parameter.default, (bool, int, float, str))
+    }
+    return replace(spec, options=options | dict(spec.options))
+
+
 def check_attack(spec: AttackSpec, norm: str) -> None:
     """Refuse, before anything runs, an attack that is wrong or unsound under a norm.
 
@@ -110,7 +130,7 @@ def check_attack(spec: AttackSpec, norm: str) -> None:
     elif name in ("AutoAttack", "MultiAttack"):
         sound, hint = [], " It hides its budgets; attacks='standard' spells them out."
     else:
-        hint = " 'pgd', 'apgd-ce', 'apgd-t', 'fab-t', 'square' and 'adaptive' take both norms."
+        hint = " 'pgd', 'apgd-ce', 'apgd-t', 'fab-t', 'square' and 'adaptive-ce' take both norms."
     if norm not in sound:
         raise ValueError(
             f"attack {spec.name!r}: torchattacks.{name} is not sound under norm={norm!r}"

@@ -1,198 +1,53 @@
-"""Attack specifications: which attack, with which budget, in which order.
-
-A specification is data. Everything that decides how strong an attack is (steps, restarts, targets,
-queries, backward rule, temperature, start) is written out in it, so that a result can quote it; no
-default of another library is relied on by any attack that has a name here.
-"""
+"""The named attacks and suites, and how names become specifications."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
-from lightning_meansparse.layer import Backward
+from lightning_meansparse.attacks.library import spelled_out
+from lightning_meansparse.attacks.spec import KINDS, AttackSpec
 
-Kind = Literal["gradient", "blackbox", "transfer", "adaptive"]
-Start = Literal["random", "base"]
-
-NORMS = ("Linf", "L2")
-KINDS: tuple[str, ...] = get_args(Kind)
-"""In the order in which a suite runs them."""
-
-_BUDGETS = ("steps", "step_size", "alpha", "n_restarts", "n_targets", "n_queries")
-_RESERVED_NAMES = ("clean", "worst", "apparent")
 _OURS = "lightning_meansparse.attacks"
 
 
-def parse_eps(eps: float | str, norm: str = "") -> float:
-    """Radius of the perturbation ball from a number or a fraction.
-
-    Args:
-        eps: A positive number in pixel units (images span [0, 1]), or text such as ``"8/255"``.
-        norm: With ``"Linf"``, more than the whole range of a pixel is refused: it was meant
-            otherwise.
-
-    Raises:
-        TypeError: If ``eps`` is neither a number nor text.
-        ValueError: If it cannot be read, or is not positive and finite.
-
-    Examples:
-        >>> parse_eps("8/255") == 8 / 255
-        True
-    """
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, str)):
-        raise TypeError(
-            f"eps must be a number or text such as '8/255', got {type(eps).__name__} {eps!r}."
-        )
-    try:
-        if isinstance(eps, str):
-            top, slash, bottom = eps.partition("/")
-            # Not Fraction("8/255"): "0.5/255" and "1e-1" shall be readable, too.
-            value = float(top) / (float(bottom) if slash else 1.0)
-        else:
-            value = float(eps)
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(
-            f"eps must be a number or a fraction such as 0.03 or '8/255', got {eps!r}."
-        ) from error
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"eps must be positive and finite, got {eps!r}; images are in [0, 1], so a usual value "
-            "is '8/255' for Linf or 0.5 for L2."
-        )
-    if norm == "Linf" and value > 1:
-        raise ValueError(
-            f"eps={eps!r} is more than the whole range of a pixel, which is [0, 1]; did you mean "
-            f"'{value:g}/255'?"
-        )
-    return value
+def _apgd(name: str, *, loss: str = "ce", steps: int = 100, **how: Any) -> AttackSpec:
+    options: dict[str, Any] = {"steps": steps, "n_restarts": 1, "loss": loss}
+    if loss == "dlr-targeted":
+        options["n_targets"] = how.pop("n_targets")
+    return AttackSpec(name, f"{_OURS}.apgd.APGD", options, **how)
 
 
-def check_norm(norm: str) -> None:
-    """Refuse every norm but the two names, case-exact.
-
-    Raises:
-        ValueError: Names the accepted spelling.
-    """
-    if norm in NORMS:
-        return
-    close = [name for name in NORMS if str(norm).lower() == name.lower()]
-    hint = f" Write {close[0]!r}: the spelling matters." if close else ""
-    raise ValueError(f"norm must be one of 'Linf', 'L2', got {norm!r}.{hint}")
+def _smooth(name: str, *, temperature: float = 1 / 16, **how: Any) -> AttackSpec:
+    """The gradient seen through the gate; a tenth of the band's width separates in from out."""
+    return _apgd(name, rule="smooth", temperature=temperature, kind="adaptive", **how)
 
 
-@dataclass(frozen=True)
-class AttackSpec:
-    """One attack with its whole budget.
-
-    Attributes:
-        name: Short name, as in ``robust_acc/<name>``; no spaces or slashes.
-        attack: Class path of a ``torchattacks.Attack``: ``"torchattacks.PGDL2"``, one of ours, or
-            yours.
-        options: Keyword arguments for the class, budgets spelled out. ``eps``, ``norm``, ``seed``
-            and the number of classes are given at evaluation.
-        rule: Backward rule of the operators while the attack runs; the forward is always exact.
-        temperature: Width of the smooth gate as a fraction of the band; None with other rules.
-        start: ``"random"`` inside the ball, or ``"base"``: the adversarial example of the same
-            model at alpha 0. Only attacks that take start points can use ``"base"``.
-        kind: ``"gradient"`` (exact gradient, gives the apparent robustness), ``"blackbox"``,
-            ``"transfer"`` or ``"adaptive"`` (knows the operator).
-
-    Raises:
-        ValueError: If a field does not make sense.
-
-    Examples:
-        >>> AttackSpec("pgd-l2", "torchattacks.PGDL2", {"alpha": 0.1, "steps": 20}).kind
-        'gradient'
-    """
-
-    name: str
-    attack: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    rule: Backward = "exact"
-    temperature: float | None = None
-    start: Start = "random"
-    kind: Kind = "gradient"
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        if not self.name or any(c.isspace() or c == "/" for c in self.name):
-            raise ValueError(
-                f"name of an attack must be text without spaces or slashes, got {self.name!r}; it "
-                "becomes part of metric names such as 'robust_acc/pgd'."
-            )
-        if self.name in _RESERVED_NAMES:
-            raise ValueError(
-                f"name {self.name!r} is reserved for results; call the attack otherwise."
-            )
-        if "." not in self.attack:
-            raise ValueError(
-                f"attack must be a class path such as 'torchattacks.PGD', got {self.attack!r}."
-            )
-        for argument, value, known in (
-            ("rule", self.rule, get_args(Backward)),
-            ("start", self.start, get_args(Start)),
-            ("kind", self.kind, KINDS),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f"{argument} of attack {self.name!r} must be one of {', '.join(known)}, got "
-                    f"{value!r}."
-                )
-        if (self.rule == "smooth") != (self.temperature is not None):
-            raise ValueError(
-                f"temperature of attack {self.name!r} belongs to rule='smooth' and only there (a "
-                f"fraction of the band, e.g. 1/16); got rule={self.rule!r}, "
-                f"temperature={self.temperature!r}."
-            )
-        if self.kind == "gradient" and self.rule != "exact":
-            raise ValueError(
-                f"attack {self.name!r} changes the backward pass (rule={self.rule!r}), so its "
-                "kind is 'adaptive', not 'gradient'."
-            )
-        for given in ("eps", "norm", "seed", "model"):
-            if given in self.options:
-                raise ValueError(
-                    f"options of attack {self.name!r} must not hold {given!r}: it is given once "
-                    "for all attacks of an evaluation."
-                )
-        for option in _BUDGETS:
-            budget = self.options.get(option)
-            if isinstance(budget, (int, float)) and not budget > 0:
-                raise ValueError(
-                    f"option {option!r} of attack {self.name!r} must be above 0, got {budget!r}: "
-                    "the attack would do nothing, and everything would look robust."
-                )
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and deepcopy through the constructor (a mapping proxy knows neither)."""
-        return _rebuild, (self.as_dict(),)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain, JSON-ready fields; ``AttackSpec(**spec.as_dict()) == spec``."""
-        return {
-            "name": self.name,
-            "attack": self.attack,
-            "options": dict(self.options),
-            "rule": self.rule,
-            "temperature": self.temperature,
-            "start": self.start,
-            "kind": self.kind,
-        }
+def _transfer(name: str, *, factor: float) -> AttackSpec:
+    options = {"factor": factor, "steps": 50, "n_restarts": 1, "loss": "ce"}
+    return AttackSpec(
+        name,
+        f"{_OURS}.transfer.Transfer",
+        options,
+        rule="smooth",
+        temperature=1 / 16,
+        kind="transfer",
+    )
 
 
-def _rebuild(fields: dict[str, Any]) -> AttackSpec:
-    return AttackSpec(**fields)
+def change(spec: AttackSpec, name: str, **options: Any) -> AttackSpec:
+    """The same attack under another name with other options."""
+    return replace(spec, name=name, options={**spec.options, **options})
 
 
-def _apgd(name: str, **changes: Any) -> AttackSpec:
-    options: dict[str, Any] = {"steps": 100, "n_restarts": 1, "loss": "ce"}
-    options |= changes.pop("options", {})
-    return AttackSpec(name, f"{_OURS}.apgd.APGD", options, **changes)
-
+_SQUARE = AttackSpec(
+    "square",
+    f"{_OURS}.square.Square",
+    {"n_queries": 5000, "n_restarts": 1, "p_init": 0.8, "loss": "margin"},
+    kind="blackbox",
+)
 
 ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
     {
@@ -205,8 +60,8 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
                 "pgd", f"{_OURS}.pgd.PGD", {"steps": 20, "step_size": 0.125, "random_start": True}
             ),
             _apgd("apgd-ce"),
-            _apgd("apgd-dlr", options={"loss": "dlr"}),
-            _apgd("apgd-t", options={"loss": "dlr-targeted", "n_targets": 9}),
+            _apgd("apgd-dlr", loss="dlr"),
+            _apgd("apgd-t", loss="dlr-targeted", n_targets=9),
             AttackSpec(
                 "fab-t",
                 "torchattacks.FAB",
@@ -219,45 +74,56 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
                     "beta": 0.9,
                 },
             ),
-            AttackSpec(
-                "square",
-                f"{_OURS}.square.Square",
-                {"n_queries": 1000, "n_restarts": 1, "p_init": 0.8, "loss": "margin"},
-                kind="blackbox",
-            ),
-            _apgd(
-                "adaptive",
-                options={"steps": 50},
-                rule="smooth",
-                temperature=1 / 16,
-                start="base",
-                kind="adaptive",
-            ),
+            _SQUARE,
+            change(_SQUARE, "square-1000", n_queries=1000),
+            _transfer("transfer-base", factor=0.0),
+            _transfer("transfer-below", factor=0.75),
+            _transfer("transfer-above", factor=1.25),
+            _smooth("adaptive-ce", steps=50, start="base"),
+            _smooth("adaptive-ce-sharp", temperature=1 / 32),
+            _smooth("adaptive-dlr", loss="dlr"),
+            _smooth("adaptive-dlr-soft", loss="dlr", temperature=1 / 4, steps=50),
+            _smooth("adaptive-t", loss="dlr-targeted", n_targets=3),
+            _apgd("adaptive-ce-identity", steps=50, rule="identity", start="base", kind="adaptive"),
+            _apgd("adaptive-dlr-identity", loss="dlr", steps=50, rule="identity", kind="adaptive"),
         )
     }
 )
 """Single attacks by name."""
 
 
-def _square(n_queries: int) -> AttackSpec:
-    square = ATTACKS["square"]
-    return replace(square, options={**square.options, "n_queries": n_queries})
+def _named(*names: str) -> tuple[AttackSpec, ...]:
+    return tuple(ATTACKS[name] for name in names)
 
+
+_STANDARD = _named("apgd-ce", "apgd-t", "fab-t", "square")
+_BLACKBOX = _named("square")
+_TRANSFER = _named("transfer-base", "transfer-below", "transfer-above")
+_ADAPTIVE = tuple(spec for spec in ATTACKS.values() if spec.kind == "adaptive")
 
 SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
     {
         **{name: (spec,) for name, spec in ATTACKS.items()},
-        "quick": (ATTACKS["adaptive"],),
-        "basic": tuple(ATTACKS[n] for n in ("fgsm", "pgd", "apgd-ce", "square", "adaptive")),
-        "standard": (ATTACKS["apgd-ce"], ATTACKS["apgd-t"], ATTACKS["fab-t"], _square(5000)),
+        "quick": _named("adaptive-ce"),
+        "basic": _named("fgsm", "pgd", "apgd-ce", "square-1000", "adaptive-ce"),
+        "standard": _STANDARD,
+        "blackbox": _BLACKBOX,
+        "transfer": _TRANSFER,
+        "adaptive": _ADAPTIVE,
+        "full": (*_STANDARD, *_TRANSFER, *_ADAPTIVE),
     }
 )
 """What ``resolve_attacks`` knows by name: every single attack, and
 
 - ``quick``: one strong adaptive attack, seconds;
-- ``basic``: FGSM, PGD-20, APGD-CE, Square (1000 queries) and the adaptive attack;
+- ``basic``: FGSM, PGD-20, APGD-CE, Square with 1000 queries and the same adaptive attack;
 - ``standard``: the definition of AutoAttack (Croce & Hein, 2020, Sec. 6): APGD-CE 100 steps, APGD-T
-  and FAB-T 100 steps against 9 targets (all, when there are fewer), Square 5000 queries.
+  and FAB-T 100 steps against 9 targets (all, when there are fewer), Square 5000 queries;
+- ``blackbox``: outputs alone;
+- ``transfer``: the path of an attack on the base model, and on the same network at 0.75 and 1.25
+  times alpha;
+- ``adaptive``: APGD on three losses through the identity and through smooth gates of three widths;
+- ``full``: all of them, the suite for a number that is published.
 """
 
 
@@ -280,8 +146,8 @@ def resolve_attacks(
         ValueError: If a name is unknown, a name stands for two different attacks, or none is given.
 
     Examples:
-        >>> [spec.name for spec in resolve_attacks(["adaptive", "pgd"])]
-        ['pgd', 'adaptive']
+        >>> [spec.name for spec in resolve_attacks(["quick", "pgd"])]
+        ['pgd', 'adaptive-ce']
     """
     entries = [attacks] if isinstance(attacks, (str, AttackSpec, Mapping)) else list(attacks)
     chosen: dict[str, AttackSpec] = {}
@@ -304,7 +170,7 @@ def _resolve(entry: Any) -> tuple[AttackSpec, ...]:
         if entry in SUITES:
             return SUITES[entry]
         if "." in entry and "/" not in entry:
-            return (AttackSpec(entry.rpartition(".")[2].lower(), entry),)
+            return (spelled_out(AttackSpec(entry.rpartition(".")[2].lower(), entry)),)
         raise ValueError(
             f"attacks: {entry!r} is not known; known are {', '.join(SUITES)}, or a class path "
             "such as 'torchattacks.PGDL2'."
@@ -338,4 +204,4 @@ def _from_mapping(entry: Mapping[str, Any]) -> AttackSpec:
         )
     fields.setdefault("name", attack.rpartition(".")[2].lower())
     fields["options"] = fields.get("options") or {}
-    return AttackSpec(**fields)
+    return spelled_out(AttackSpec(**fields))

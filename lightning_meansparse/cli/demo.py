@@ -20,7 +20,7 @@ EPS = 0.1
 ATTACKS: tuple[str | dict[str, Any], ...] = (
     "pgd",
     {"attack": "square", "options": {"n_queries": 100}},
-    {"attack": "adaptive", "options": {"steps": 30}},
+    {"attack": "adaptive-ce", "options": {"steps": 30}},
 )
 
 

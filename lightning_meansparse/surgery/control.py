@@ -64,10 +64,19 @@ def alphas(model: nn.Module) -> dict[str, float]:
 @contextmanager
 def alpha_set(model: nn.Module, alpha: float | Mapping[str, float]) -> Iterator[None]:
     """Set α inside the ``with`` block only; at 0 the model is its base."""
+    with alpha_scaled(model, 1.0):
+        if operators(model):
+            set_alpha(model, alpha)
+        yield
+
+
+@contextmanager
+def alpha_scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply every site's α inside the ``with`` block only."""
     before = [(op, op.alpha.clone()) for op in operators(model).values()]
     try:
-        if before:
-            set_alpha(model, alpha)
+        for op, _ in before:
+            op.alpha.mul_(factor)
         yield
     finally:
         for op, old in before:

@@ -38,6 +38,9 @@ def test_counts_are_those_of_the_model(net: ConvNet, images: Tensor, labels: Ten
 
     net.register_forward_hook(forward)
     suite = [*SHORT, {"attack": "apgd-t", "options": {"steps": 4}}, "torchattacks.BIM"]
+    suite += [{"attack": "transfer-below", "options": {"steps": 3}}]
+    suite += [{"attack": "transfer-above", "options": {"steps": 2, "loss": "dlr-targeted"}}]
+    set_alpha(net, 0.3)
     result = evaluate(net, images[:16], labels[:16], attacks=suite, eps=EPS / 2)
     assert seen[0] == result.forwards.sum() + 2 * 16  # the clean accuracy, and the symptoms
     assert seen[1] == result.backwards.sum() + 16

@@ -41,8 +41,8 @@ def test_suites_run_in_order_of_kind() -> None:
     for name in SUITES:
         order = [kinds.index(spec.kind) for spec in resolve_attacks(name)]
         assert order == sorted(order)
-    names = [spec.name for spec in resolve_attacks(["adaptive", "square", "pgd"])]
-    assert names == ["pgd", "square", "adaptive"]
+    names = [spec.name for spec in resolve_attacks(["adaptive-ce", "square", "pgd"])]
+    assert names == ["pgd", "square", "adaptive-ce"]
 
 
 def test_standard_spells_out_autoattacks_budgets() -> None:
@@ -54,6 +54,21 @@ def test_standard_spells_out_autoattacks_budgets() -> None:
     assert specs["fab-t"].options["steps"] == 100
     assert specs["fab-t"].options["multi_targeted"] is True
     assert specs["square"].options["n_queries"] == 5000
+
+
+def test_full_is_every_other_published_suite() -> None:
+    parts = ["standard", "blackbox", "transfer", "adaptive", "quick"]
+    assert resolve_attacks("full") == resolve_attacks(parts)
+    seen = {(spec.rule, spec.temperature, spec.options["loss"]) for spec in SUITES["adaptive"]}
+    assert {rule for rule, _, _ in seen} == {"identity", "smooth"}
+    assert len({temperature for _, temperature, _ in seen if temperature}) >= 3
+    assert {loss for _, _, loss in seen} == {"ce", "dlr", "dlr-targeted"}
+    assert {spec.start for spec in SUITES["adaptive"]} == {"random", "base"}
+
+
+def test_all_suites_can_run_together() -> None:
+    together = resolve_attacks(list(SUITES))
+    assert len({spec.name for spec in together}) == len(together)
 
 
 def test_every_named_attack_states_its_budget() -> None:
@@ -77,13 +92,22 @@ def test_a_dictionary_changes_a_known_attack() -> None:
     known = SUITES["square"][0]
     assert spec.options == {**known.options, "n_queries": 7}
     assert (spec.name, spec.kind, spec.attack) == ("few", "blackbox", known.attack)
-    (spec,) = resolve_attacks({"attack": "adaptive", "rule": "identity"})
+    (spec,) = resolve_attacks({"attack": "adaptive-ce", "rule": "identity"})
     assert (spec.rule, spec.temperature) == ("identity", None)
 
 
 def test_a_class_path_is_an_attack() -> None:
     (spec,) = resolve_attacks("torchattacks.PGDL2")
     assert (spec.name, spec.attack, spec.kind) == ("pgdl2", "torchattacks.PGDL2", "gradient")
+
+
+def test_a_class_path_states_the_budget_that_its_class_would_take() -> None:
+    """As its documentation says: PGDL2(model, eps=1.0, alpha=0.2, steps=10, random_start=True)."""
+    (plain,) = resolve_attacks("torchattacks.PGDL2")
+    (changed,) = resolve_attacks({"attack": "torchattacks.PGDL2", "options": {"steps": 7}})
+    known = {"alpha": 0.2, "random_start": True, "eps_for_division": 1e-10}
+    assert plain.options == {**known, "steps": 10}
+    assert changed.options == {**known, "steps": 7}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +123,7 @@ def test_a_class_path_is_an_attack() -> None:
         ({"attack": "pgd", "options": {"eps": 1}}, "must not hold 'eps'"),
         ({"attack": "pgd", "rule": "identity"}, "its kind is 'adaptive'"),
         ({"attack": "pgd", "kind": "white"}, "kind of attack 'pgd' must be one of"),
-        ({"attack": "adaptive", "temperature": None}, "belongs to rule='smooth'"),
+        ({"attack": "adaptive-ce", "temperature": None}, "belongs to rule='smooth'"),
     ],
 )
 def test_wrong_suites_are_explained(given: Any, message: str) -> None:

@@ -19,11 +19,11 @@ SHORT = [
     {"attack": "pgd", "options": {"steps": 10}},
     {"attack": "apgd-ce", "options": {"steps": 20}},
     {"attack": "square", "options": {"n_queries": 30}},
-    {"attack": "adaptive", "options": {"steps": 20}},
+    {"attack": "adaptive-ce", "options": {"steps": 20}},
 ]
 FAB = {"attack": "fab-t", "options": {"steps": 2}}
 THEIRS = {"attack": "torchattacks.PGD", "name": "their-pgd", "options": {"steps": 2}}
-QUICK = ["fgsm", THEIRS, SHORT[3], FAB, {"attack": "adaptive", "options": {"steps": 2}}]
+QUICK = ["fgsm", THEIRS, SHORT[3], FAB, {"attack": "adaptive-ce", "options": {"steps": 2}}]
 
 
 class Linear(nn.Module):
