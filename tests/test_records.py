@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluations import KINDS, evaluation, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,69 +36,6 @@ from lightning_meansparse.records import (
     verdict,
     write_records,
 )
-
-KINDS = {"apgd-ce": "gradient", "square": "blackbox", "smooth": "adaptive"}
-
-
-@dataclass
-class FakeEvaluation:
-    """The attributes of an evaluation that records reads."""
-
-    attacks: tuple[str, ...]
-    kinds: tuple[str, ...]
-    labels: Any
-    indices: Any
-    clean: Any
-    standing: Any
-    attacked: Any
-    margin: Any
-    noise: Any
-    zero_gradient: Any
-    probabilities: Any
-    forwards: Any
-    backwards: Any
-    seed: int = 0
-
-
-def evaluation(
-    survived: np.ndarray, *, start: int = 0, attacks: tuple[str, ...] = tuple(KINDS)
-) -> FakeEvaluation:
-    """``survived[i]``: how many steps (clean, attack 1, ...) sample i stands, 0 … A + 1."""
-    survived = np.asarray(survived)
-    n, steps = len(survived), np.arange(1, len(attacks) + 1)
-    standing = survived[:, None] > steps
-    attacked = survived[:, None] >= steps
-    indices = start + np.arange(n)
-    return FakeEvaluation(
-        attacks=attacks,
-        kinds=tuple(KINDS[name] for name in attacks),
-        labels=torch.from_numpy(indices % 10),
-        indices=torch.from_numpy(indices),
-        clean=torch.from_numpy(survived > 0),
-        standing=torch.from_numpy(standing),
-        attacked=torch.from_numpy(attacked),
-        margin=torch.from_numpy(np.sin(indices).astype(np.float32)),
-        noise=torch.zeros(n),
-        zero_gradient=torch.full((n,), 0.25),
-        probabilities=torch.zeros(n, dtype=torch.bool),
-        forwards=torch.from_numpy(attacked * 100),
-        backwards=torch.from_numpy(attacked * 99),
-    )
-
-
-def table(
-    survived: dict[float, np.ndarray],
-    *,
-    split: str = TEST,
-    round: str = MAIN,
-    attacks: tuple[str, ...] = tuple(KINDS),
-) -> pa.Table:
-    return pa.concat_tables(
-        [
-            rows(evaluation(values, attacks=attacks), alpha=alpha, split=split, round=round)
-            for alpha, values in survived.items()
-        ]
-    )
 
 
 def summary(

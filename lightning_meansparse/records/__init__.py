@@ -13,8 +13,9 @@ can measure it. A *gain* is worst-case accuracy minus that of the base (alpha = 
 samples under the same attacks**.
 """
 
+from lightning_meansparse.records.flags import Flag, flags
 from lightning_meansparse.records.intervals import Paired, Proportion
-from lightning_meansparse.records.runs import rounds, splits
+from lightning_meansparse.records.runs import roles, rounds, splits
 from lightning_meansparse.records.summary import AlphaSummary, choose_alpha, summarize, verdict
 from lightning_meansparse.records.table import (
     FORMAT_VERSION,
@@ -35,11 +36,14 @@ __all__ = [
     "SCHEMA",
     "TEST",
     "AlphaSummary",
+    "Flag",
     "Paired",
     "Proportion",
     "choose_alpha",
     "environment",
+    "flags",
     "read_records",
+    "roles",
     "rounds",
     "rows",
     "splits",

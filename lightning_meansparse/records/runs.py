@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_meansparse.records.table import MAIN
+from lightning_meansparse.records.table import HELD_OUT, MAIN, TEST
 
 # Two passes over one image differ by float noise; two different images by far more.
 _MARGIN_TOLERANCE = 1e-2
@@ -70,6 +70,14 @@ def rounds(table: pa.Table, split: str) -> tuple[str, ...]:
         return name.startswith("check:"), name == MAIN, *known
 
     return tuple(sorted(names.to_pylist(), key=rank))
+
+
+def roles(table: pa.Table) -> tuple[str, str]:
+    """The split that chooses alpha and the one that is reported; one split alone does both."""
+    names = splits(table)
+    reporter = TEST if TEST in names else names[0]
+    others = [name for name in names if name != reporter]
+    return (HELD_OUT if HELD_OUT in names else (others or [reporter])[0]), reporter
 
 
 def place(split: str, round: str) -> str:
