@@ -182,15 +182,15 @@ def test_a_finalist_that_the_full_suite_breaks_is_not_chosen():
 
 
 def test_the_best_alpha_is_hardly_ever_dropped_by_bad_luck():
-    """The best of eight nearly equal ones; uncorrected tests would drop it far more often."""
-    truth = dict.fromkeys(ALPHAS, 0.6) | {0.3: 0.64}
+    """All nine are equal, so any is the best; uncorrected tests would drop it in a fifth of runs."""
+    truth = dict.fromkeys(ALPHAS, 0.6)
     runs, dropped = 60, 0
     for seed in range(runs):
         world = world_of(truth, n=400, seed=seed, agreement=0.7)
         rounds, _ = play(Racing(ALPHAS, FULL, SCREEN, samples=400), world)
         races = [round.alphas for round in rounds if round.name != MAIN]
         dropped += any(0.3 in before and 0.3 not in after for before, after in pairwise(races))
-    assert dropped / runs <= LEVEL
+    assert dropped / runs <= 0.05
 
 
 @quickly
