@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -335,6 +336,54 @@ class TestTable:
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(ValueError, match="not a readable Parquet file"):
             read_records(path)
+
+    def test_a_folder_is_read_as_its_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="meansparse sweep"):
+            read_records(tmp_path)
+        path = write_records(table({0.0: np.array([4])}), tmp_path / "records.parquet", {"a": 1})
+        assert read_records(tmp_path) == read_records(path)
+
+    def test_parts_of_a_sweep_that_goes_on(self, tmp_path: Path) -> None:
+        def part(number: int, alphas: tuple[float, ...], **metadata: Any) -> pa.Table:
+            made = [
+                rows(evaluation(np.array([4, 1]), start=2 * number), alpha=alpha, split=HELD_OUT)
+                for alpha in alphas
+            ]
+            write_records(made, tmp_path / "parts" / f"held-out-{number}.parquet", metadata)
+            return pa.concat_tables(made)
+
+        parts = [part(number, (0.0, 0.2), eps=0.1, seen=number) for number in (0, 1)]
+        part(2, (0.0,), eps=0.1, seen=2)
+        back, metadata = read_records(tmp_path)
+        assert metadata == {"eps": 0.1, "seen": 2, "unfinished": {"parts": 3, "left_out": 2}}
+        assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(parts), split=HELD_OUT)
+
+        # The file is there, but the parts go further: the test images are under way.
+        write_records(parts, tmp_path / "records.parquet", {"eps": 0.1, "chosen_alpha": 0.2})
+        back, metadata = read_records(tmp_path)
+        assert metadata["chosen_alpha"] == 0.2
+        assert metadata["unfinished"]["parts"] == 3
+        parts.append(part(2, (0.0, 0.2), eps=0.1))
+        write_records(parts, tmp_path / "records.parquet", {"eps": 0.1})
+        back, metadata = read_records(tmp_path)
+        assert metadata == {"eps": 0.1}
+        assert back.num_rows == 2 * 3 * 2 * 4
+
+    def test_what_one_round_lacks_another_may_hold(self, tmp_path: Path) -> None:
+        short, long = np.array([4]), np.array([4, 1, 1])
+        made = [
+            table({0.0: long, 0.2: short}, round="race-1"),
+            table({0.0: long}, round="race-2"),
+            table({0.0: short, 0.4: short}, split=HELD_OUT),
+        ]
+        write_records(made, tmp_path / "parts" / "all.parquet", {})
+        back, metadata = read_records(tmp_path)
+        assert metadata["unfinished"]["left_out"] == 2
+        seen = [
+            [(s.alpha, s.n) for s in summarize(back, split=split, round=name)]
+            for split, name in ((TEST, "race-1"), (TEST, "race-2"), (HELD_OUT, MAIN))
+        ]
+        assert seen == [[(0.0, 1), (0.2, 1)], [(0.0, 3)], [(0.0, 1), (0.4, 1)]]
 
     def test_environment_is_json(self) -> None:
         found = environment()

@@ -13,6 +13,7 @@ can measure it. A *gain* is worst-case accuracy minus that of the base (alpha = 
 samples under the same attacks**.
 """
 
+from lightning_meansparse.records.files import read_records, write_records
 from lightning_meansparse.records.flags import Flag, flags
 from lightning_meansparse.records.intervals import Paired, Proportion
 from lightning_meansparse.records.runs import roles, rounds, splits
@@ -24,9 +25,7 @@ from lightning_meansparse.records.table import (
     SCHEMA,
     TEST,
     environment,
-    read_records,
     rows,
-    write_records,
 )
 
 __all__ = [

@@ -81,8 +81,8 @@ class Sources:
 def read_sources(directory: str | os.PathLike[str]) -> Sources:
     """Reads a sweep's output folder.
 
-    ``records.parquet`` is needed; ``sites.json`` and the adapter may be missing, which the report
-    then says in their place.
+    Records are needed, ``records.parquet`` or the parts of a sweep that has not finished;
+    ``sites.json`` and the adapter may be missing, which the report then says in their place.
 
     Raises:
         FileNotFoundError: there is no such folder, or no records in it.
@@ -93,9 +93,9 @@ def read_sources(directory: str | os.PathLike[str]) -> Sources:
         raise FileNotFoundError(
             f"directory must be the output folder of a sweep. There is no folder '{folder}'."
         )
-    table, metadata = read_records(folder / "records.parquet")
+    table, metadata = read_records(folder)
     if not table.num_rows:
-        raise ValueError(f"'{folder / 'records.parquet'}' must hold records. It has no rows.")
+        raise ValueError(f"'{folder}' must hold records of some image. They have no rows.")
     alphas, images, sites, histogram = _read_sites(folder / "sites.json")
     configs = (folder / "adapter" / "meansparse_config.json", folder / "meansparse_config.json")
     adapter = next((_read_object(path) for path in configs if path.is_file()), {})

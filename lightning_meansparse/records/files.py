@@ -1,0 +1,188 @@
+"""The records file: written atomically, read back strictly, whole or in the parts of a sweep."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_meansparse.records.runs import rounds, splits
+from lightning_meansparse.records.table import FORMAT_VERSION, MAIN, SCHEMA
+
+_KEY = b"meansparse"
+_SORTED_BY = ("split", "round", "alpha", "index", "order")
+
+
+def write_records(
+    tables: pa.Table | Iterable[pa.Table],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Writes records as one Parquet file, atomically: a crash leaves the old file as it was.
+
+    Rows are sorted by split, round, alpha, index and order, so that the file does not depend on
+    how batches or ranks were scheduled.
+
+    Args:
+        tables: one table or several, with the columns of `SCHEMA`.
+        path: the file to write; its folder is made if need be.
+        metadata: how the rows were measured, JSON values with string keys (tuples become lists).
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a table has other columns or missing values, or the metadata hold NaN.
+        TypeError: the metadata hold something JSON cannot.
+    """
+    parts = [tables] if isinstance(tables, pa.Table) else list(tables)
+    for part in parts:
+        _check_columns(part, "tables")
+    path = Path(path)
+    if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ValueError(
+            f"metadata must not set 'format_version' to anything but {FORMAT_VERSION}. "
+            f"Got {metadata['format_version']!r}."
+        )
+    text = json.dumps(
+        {**metadata, "format_version": FORMAT_VERSION}, sort_keys=True, allow_nan=False
+    )
+    table = pa.concat_tables([part.select(SCHEMA.names).cast(SCHEMA) for part in parts])
+    table = table.sort_by([(name, "ascending") for name in _SORTED_BY])
+    table = table.replace_schema_metadata({_KEY: text.encode()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Reads what `write_records` wrote, now or in an older version of the format.
+
+    Version 1 knew one round, `MAIN`, and neither ``noise`` nor ``zero_gradient`` nor
+    ``probabilities``.
+
+    Of a sweep that has not finished the files in ``parts/`` are read. An image that some alpha of
+    its round has not met yet is left out, and the metadata say so: ``"unfinished"`` is
+    ``{"parts": files read, "left_out": images left out}``.
+
+    Args:
+        path: a records file, or the output folder of a sweep, finished or not.
+
+    Returns:
+        The table, with the columns of `SCHEMA`, and the metadata.
+
+    Raises:
+        FileNotFoundError: there are no records.
+        ValueError: a file is damaged, not ours, or from a newer version of this package.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read_file(path)
+    whole, parts = path / "records.parquet", sorted((path / "parts").glob("*.parquet"))
+    known = [_read_file(part) for part in parts]
+    table, metadata = (
+        _read_file(whole) if whole.exists() or not known else (SCHEMA.empty_table(), {})
+    )
+    if sum(part.num_rows for part, _ in known) <= table.num_rows:
+        return table, metadata
+    for _, told in known:
+        metadata |= told
+    table, left_out = _met_by_all(pa.concat_tables([part for part, _ in known]))
+    return table, {**metadata, "unfinished": {"parts": len(parts), "left_out": left_out}}
+
+
+def _met_by_all(table: pa.Table) -> tuple[pa.Table, int]:
+    """Drops the images that some alpha of their round lacks; and how many these are."""
+    column = {name: table.column(name).to_numpy() for name in ("split", "round", "alpha", "index")}
+    keep, left_out = np.ones(table.num_rows, dtype=bool), 0
+    for split in splits(table):
+        for round in rounds(table, split):
+            here = (column["split"] == split) & (column["round"] == round)
+            alphas, indices = column["alpha"][here], column["index"][here]
+            met = [set(indices[alphas == alpha]) for alpha in np.unique(alphas)]
+            lacking = set.union(*met) - set.intersection(*met)
+            keep[here] = ~np.isin(indices, list(lacking))
+            left_out += len(lacking)
+    return table.filter(pa.array(keep)), left_out
+
+
+def _read_file(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path must be a records file written by a sweep (records.parquet). "
+            f"There is none at '{path}'; run `meansparse sweep` first or name another folder."
+        )
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"'{path}' is not a readable Parquet file ({error}); it is damaged or something else. "
+            "Run the sweep again."
+        ) from error
+    metadata = _metadata(table, path)
+    version = metadata.pop("format_version", None)
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"'{path}' must name a format_version >= 1 in its metadata. Got {version!r}."
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format_version {version}; this version of lightning_meansparse reads up "
+            f"to {FORMAT_VERSION}. Upgrade with `pip install -U lightning_meansparse`."
+        )
+    if version == 1:
+        table = _from_version_1(table)
+    _check_columns(table, f"'{path}'")
+    return table.select(SCHEMA.names).cast(SCHEMA), metadata
+
+
+def _from_version_1(table: pa.Table) -> pa.Table:
+    unknown = {"round": MAIN, "noise": math.nan, "zero_gradient": math.nan, "probabilities": False}
+    for name, value in unknown.items():
+        constant = pa.repeat(pa.scalar(value, SCHEMA.field(name).type), table.num_rows)
+        table = table.append_column(name, constant)
+    return table
+
+
+def _metadata(table: pa.Table, path: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((table.schema.metadata or {})[_KEY])
+    except KeyError:
+        raise ValueError(
+            f"'{path}' is Parquet, but not a records file: its metadata lack {_KEY.decode()!r}. "
+            "Give the records.parquet that a sweep wrote."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' holds damaged metadata ({error}); run the sweep again."
+        ) from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"'{path}' must hold a JSON object as metadata. Got {metadata!r:.80}.")
+    return metadata
+
+
+def _check_columns(table: pa.Table, name: str) -> None:
+    wrong = [
+        field.name
+        for field in SCHEMA
+        if field.name not in table.column_names
+        or table.schema.field(field.name).type != field.type
+        or table.column(field.name).null_count
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name} must have the records columns without missing values; wrong or missing: "
+            f"{', '.join(wrong)}. Got {', '.join(table.column_names)}."
+        )
