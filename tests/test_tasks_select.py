@@ -182,7 +182,7 @@ def test_a_finalist_that_the_full_suite_breaks_is_not_chosen():
 
 
 def test_the_best_alpha_is_hardly_ever_dropped_by_bad_luck():
-    """All nine are equal, so any is the best; uncorrected tests would drop it in a fifth of runs."""
+    """All nine are equal, so any is the best; uncorrected tests would drop it in 1 run of 5."""
     truth = dict.fromkeys(ALPHAS, 0.6)
     runs, dropped = 60, 0
     for seed in range(runs):
