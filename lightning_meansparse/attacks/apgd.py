@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_meansparse.attacks.ball import Ball
 from lightning_meansparse.attacks.losses import cross_entropy, dlr_loss, margin_loss
-from lightning_meansparse.attacks.pgd import Outcome, StartedAttack
+from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack
 
 LOSSES = ("ce", "dlr", "dlr-targeted", "margin")
 
@@ -61,6 +61,9 @@ class APGD(StartedAttack):
             still stands.
         n_restarts: Number of runs; the first begins at the given start points, if any, the others
             at random.
+        close: Restarts after the first are for samples alone whose margin, on the best example of
+            the first run, is below this share of the clean one. 1 leaves hardly any out; 0.1 gives
+            the effort to the few that may still fall.
         loss: ``"ce"`` (see `cross_entropy`), ``"dlr"``,
             ``"dlr-targeted"`` (one run per target class), or ``"margin"``.
         n_targets: Targets of ``"dlr-targeted"``: the most likely wrong classes of the clean image,
@@ -77,6 +80,7 @@ class APGD(StartedAttack):
         norm: str = "Linf",
         steps: int = 100,
         n_restarts: int = 1,
+        close: float = 1.0,
         loss: str = "ce",
         n_targets: int = 9,
         rho: float = 0.75,
@@ -91,6 +95,7 @@ class APGD(StartedAttack):
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
         self.steps = steps
         self.n_restarts = n_restarts
+        self.close = close
         self.loss = loss
         self.n_targets = n_targets
         self.rho = rho
@@ -108,9 +113,15 @@ class APGD(StartedAttack):
         outcome = Outcome.empty(images)
         ball = Ball(images, self.eps, self.norm)
         indices = torch.arange(len(images)) if indices is None else indices.cpu()
-        targets = self._targets(images, labels, outcome)
+        if self.loss == "dlr-targeted":
+            targets = self.likely_targets(images, labels, self.n_targets, outcome)
+        else:
+            targets = labels[:, None]
+        worth = torch.ones_like(outcome.fooled)
         for run in range(self.n_restarts * targets.shape[1]):
-            rows = (~outcome.fooled).nonzero().squeeze(1)
+            if run == targets.shape[1] and self.close < 1:
+                worth = self._close(images, labels, outcome)
+            rows = (~outcome.fooled & worth).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             part = ball.select(rows)
@@ -122,16 +133,12 @@ class APGD(StartedAttack):
             self._run(rows, part, labels[rows], target, start, outcome)
         return outcome
 
-    def _targets(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
-        """Target classes per sample, most likely first; the labels themselves when untargeted."""
-        if self.loss != "dlr-targeted":
-            return labels[:, None]
-        with torch.no_grad():
-            logits: Tensor = self.get_logits(images)
-        outcome.forwards += 1
-        wrong = logits.scatter(1, labels[:, None], -torch.inf)
-        count = min(self.n_targets, logits.shape[1] - 1)
-        return wrong.argsort(dim=1, descending=True, stable=True)[:, :count]
+    def _close(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
+        """Which samples the best example so far has brought near to the decision boundary."""
+        clean, _ = self.judge(images, labels, lambda logits: margin_loss(logits, labels))
+        found, _ = self.judge(outcome.examples, labels, lambda logits: margin_loss(logits, labels))
+        outcome.forwards += 2
+        return found > self.close * clean  # both negative where the sample stands
 
     def _run(
         self,
@@ -219,7 +226,7 @@ class APGD(StartedAttack):
         state.halved_at_check, state.best_loss_at_check = halve, state.best_loss
         state.rises = torch.zeros_like(state.rises)
 
-    def _loss(self, labels: Tensor, targets: Tensor) -> Any:
+    def _loss(self, labels: Tensor, targets: Tensor) -> Loss:
         if self.loss == "ce":
             return cross_entropy(labels)
         if self.loss == "margin":

@@ -5,6 +5,7 @@ Imported only when such an attack is built, since its base class is torchattacks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from lightning_meansparse.attacks.ball import Ball
 from lightning_meansparse.attacks.guard import stands
 from lightning_meansparse.attacks.library import load_torchattacks
 from lightning_meansparse.attacks.losses import cross_entropy
+
+Loss = Callable[[Tensor], Tensor]
+"""Logits ``(N, classes)`` to losses ``(N,)``."""
 
 _Attack: Any = load_torchattacks().attack.Attack
 
@@ -85,7 +89,7 @@ class StartedAttack(_Attack):  # type: ignore[misc]
         """
         raise NotImplementedError
 
-    def gradient(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, its gradient, and which samples are still classified right."""
         images = images.detach().requires_grad_()
         with torch.enable_grad():
@@ -101,10 +105,21 @@ class StartedAttack(_Attack):  # type: ignore[misc]
         return values.detach(), gradient, stands(logits.detach(), labels)
 
     @torch.no_grad()
-    def judge(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
+    def judge(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Loss, and which samples are still classified right, without a backward pass."""
         logits = self.get_logits(images)
         return loss(logits), stands(logits, labels)
+
+    def likely_targets(
+        self, images: Tensor, labels: Tensor, count: int, outcome: Outcome
+    ) -> Tensor:
+        """The wrong classes of the images, most likely first, at most ``count``: ``(N, T)``."""
+        with torch.no_grad():
+            logits: Tensor = self.get_logits(images)
+        outcome.forwards += 1
+        wrong = logits.scatter(1, labels[:, None], -torch.inf)
+        count = min(count, logits.shape[1] - 1)
+        return wrong.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 class PGD(StartedAttack):
