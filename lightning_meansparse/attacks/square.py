@@ -143,7 +143,7 @@ class Square(StartedAttack):
 
 
 def share(p_init: float, query: int) -> float:
-    """Share of the image that a square covers (Sec. 4.1), on the schedule for 10,000 queries.
+    """Share of the image that a square covers, on the paper's schedule for 10,000 queries.
 
     As in AutoAttack it is not rescaled to other numbers of queries.
 
@@ -210,7 +210,7 @@ def _patterns(side: int, draws: Tensor) -> Tensor:
 
 
 def _bump(height: int, width: int) -> Tensor:
-    """Concentric squares of unit length: the k-th adds 1/k^2 (Eq. 2 of the paper)."""
+    """Concentric squares of unit length: the k-th adds 1/k^2."""
     down = (torch.arange(height) - height // 2).abs()
     across = (torch.arange(width) - width // 2).abs()
     steps = torch.arange(1, max(height, width) // 2 + 2)
@@ -222,7 +222,7 @@ def _window(points: Tensor, side: int, draws: Tensor) -> _Index:
     """Index of one square per sample, anywhere in the image; the value is (N, C, side, side)."""
     count, channels, height, width = points.shape
     steps = torch.arange(side, device=points.device)
-    # Every place, as in the paper; the authors' code never draws the last one of each axis.
+    # Every place; the authors' code never draws the last one of each axis.
     top = (draws[:, 0] * (height - side + 1)).long()[:, None] + steps
     left = (draws[:, 1] * (width - side + 1)).long()[:, None] + steps
     sample = torch.arange(count, device=points.device)[:, None, None, None]
