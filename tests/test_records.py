@@ -344,30 +344,40 @@ class TestTable:
         assert read_records(tmp_path) == read_records(path)
 
     def test_parts_of_a_sweep_that_goes_on(self, tmp_path: Path) -> None:
-        def part(number: int, alphas: tuple[float, ...], **metadata: Any) -> pa.Table:
+        def part(split: str, number: int, alphas: tuple[float, ...], **told: Any) -> pa.Table:
             made = [
-                rows(evaluation(np.array([4, 1]), start=2 * number), alpha=alpha, split=HELD_OUT)
+                rows(evaluation(np.array([4, 1]), start=2 * number), alpha=alpha, split=split)
                 for alpha in alphas
             ]
-            write_records(made, tmp_path / "parts" / f"held-out-{number}.parquet", metadata)
+            path = tmp_path / "parts" / f"{split}-{number}.parquet"
+            write_records(made, path, {"eps": 0.1, "part": path.name, **told})
             return pa.concat_tables(made)
 
-        parts = [part(number, (0.0, 0.2), eps=0.1, seen=number) for number in (0, 1)]
-        part(2, (0.0,), eps=0.1, seen=2)
+        rounds_of = {"rounds": {HELD_OUT: {"main": {"eps": 0.1}}}}
+        done = [part(HELD_OUT, number, (0.0, 0.2)) for number in (0, 1)]
+        part(HELD_OUT, 2, (0.0,), **rounds_of)
         back, metadata = read_records(tmp_path)
-        assert metadata == {"eps": 0.1, "seen": 2, "unfinished": {"parts": 3, "left_out": 2}}
-        assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(parts), split=HELD_OUT)
+        unfinished = {"parts": 3, "left_out": 2}
+        assert metadata == {"eps": 0.1, **rounds_of, "unfinished": unfinished}
+        assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(done), split=HELD_OUT)
 
-        # The file is there, but the parts go further: the test images are under way.
-        write_records(parts, tmp_path / "records.parquet", {"eps": 0.1, "chosen_alpha": 0.2})
+        # The held-out images are done, whatever a kill has left of their parts.
+        done.append(part(HELD_OUT, 2, (0.0, 0.2)))
+        finished = {"eps": 0.1, "chosen_alpha": 0.2, **rounds_of}
+        path = write_records(done, tmp_path / "records.parquet", finished)
+        assert read_records(tmp_path)[1] == finished
+        assert read_records(tmp_path)[0].equals(read_records(path)[0])
+
+        more = part(TEST, 0, (0.0, 0.2), rounds={TEST: {"main": {"eps": 0.2}}})
         back, metadata = read_records(tmp_path)
-        assert metadata["chosen_alpha"] == 0.2
-        assert metadata["unfinished"]["parts"] == 3
-        parts.append(part(2, (0.0, 0.2), eps=0.1))
-        write_records(parts, tmp_path / "records.parquet", {"eps": 0.1})
-        back, metadata = read_records(tmp_path)
-        assert metadata == {"eps": 0.1}
-        assert back.num_rows == 2 * 3 * 2 * 4
+        assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(done), split=HELD_OUT)
+        assert summarize(back, split=TEST) == summarize(more, split=TEST)
+        assert metadata.pop("unfinished") == {"parts": 4, "left_out": 0}
+        assert metadata.pop("rounds") == {
+            HELD_OUT: {"main": {"eps": 0.1}},
+            TEST: {"main": {"eps": 0.2}},
+        }
+        assert metadata == {"eps": 0.1, "chosen_alpha": 0.2}
 
     def test_what_one_round_lacks_another_may_hold(self, tmp_path: Path) -> None:
         short, long = np.array([4]), np.array([4, 1, 1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_meansparse.records.runs import rounds, splits
@@ -73,7 +74,8 @@ def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
     Version 1 knew one round, `MAIN`, and neither ``noise`` nor ``zero_gradient`` nor
     ``probabilities``.
 
-    Of a sweep that has not finished the files in ``parts/`` are read. An image that some alpha of
+    A sweep that has not finished keeps the splits that are done in ``records.parquet`` and one
+    file per batch of the current split in ``parts/``; both are read. An image that some alpha of
     its round has not met yet is left out, and the metadata say so: ``"unfinished"`` is
     ``{"parts": files read, "left_out": images left out}``.
 
@@ -91,16 +93,32 @@ def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
     if not path.is_dir():
         return _read_file(path)
     whole, parts = path / "records.parquet", sorted((path / "parts").glob("*.parquet"))
+    table: pa.Table = SCHEMA.empty_table()
+    metadata: dict[str, Any] = {}
+    if whole.exists() or not parts:
+        table, metadata = _read_file(whole)
+    done = pc.unique(table.column("split"))
     known = [_read_file(part) for part in parts]
-    table, metadata = (
-        _read_file(whole) if whole.exists() or not known else (SCHEMA.empty_table(), {})
-    )
-    if sum(part.num_rows for part, _ in known) <= table.num_rows:
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(part for part, _ in known)])
+    # A sweep killed just after a split was done has not removed its parts.
+    rows = rows.filter(pc.invert(pc.is_in(rows.column("split"), done)))
+    if not rows.num_rows:
         return table, metadata
-    for _, told in known:
-        metadata |= told
-    table, left_out = _met_by_all(pa.concat_tables([part for part, _ in known]))
-    return table, {**metadata, "unfinished": {"parts": len(parts), "left_out": left_out}}
+    rows, left_out = _met_by_all(rows)
+    unfinished = {"parts": len(parts), "left_out": left_out}
+    about = _together(metadata, [told for _, told in known])
+    return pa.concat_tables([table, rows]), {**about, "unfinished": unfinished}
+
+
+def _together(done: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the parts agree on, what the finished splits say, and the rounds of all."""
+    first, *others = parts
+    agreed = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    rounds: dict[str, Any] = {}
+    for told in (*parts, done):
+        for split, known in told.get("rounds", {}).items():
+            rounds.setdefault(split, {}).update(known)
+    return {**agreed, **done, **({"rounds": rounds} if rounds else {})}
 
 
 def _met_by_all(table: pa.Table) -> tuple[pa.Table, int]:

@@ -30,7 +30,7 @@ _SIGNIFICANT = 0.05
 
 _ATTACK = 'run attacks="full", which holds every kind'
 _AGAIN = "records of format 1, or without an attack, do not hold it; run the sweep again"
-_CHECK = "the sweep has not run this check; run it again with checks"
+_CHECK = "run the sweep with check_images above 0"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Flag:
         name: the doubt, as a heading of docs/evaluation.md.
         raised: whether the records give reason for it; None where they cannot tell.
         alphas: where it was raised, ascending; empty where it concerns all of them.
-        seen: what the records hold, with numbers; where they cannot tell, what would be needed.
+        seen: a sentence on what the records hold, with numbers; where they cannot tell, what to do
+            (no sentence).
     """
 
     name: str
@@ -110,13 +111,13 @@ def flags(table: pa.Table, metadata: Mapping[str, Any] | None = None) -> list[Fl
         ),
     }
     found = [_flag(name, seen, todo) for name, (seen, todo) in sights.items()]
-    return [*found, _selection(table, measured, metadata.get("chosen_alpha"))]
+    return [*found, _selection(measured, metadata.get("chosen_alpha"))]
 
 
 def _flag(name: str, sights: Iterable[_Sight | None], todo: str) -> Flag:
     known = [sight for sight in sights if sight is not None]
     if not known:
-        return Flag(name, None, (), f"not measured: {todo}.")
+        return Flag(name, None, (), todo)
     alphas = sorted({sight.alpha for sight in known if sight.raised})
     most = max(known, key=lambda sight: (sight.raised, sight.share))
     return Flag(name, bool(alphas), tuple(alphas), most.text)
@@ -199,10 +200,12 @@ def _beyond(run: Run) -> _Sight:
     return _Sight(_many(k, n), k / n, run.alpha, text)
 
 
-def _selection(table: pa.Table, measured: list[Run], chosen: float | None) -> Flag:
+def _selection(measured: list[Run], chosen: float | None) -> Flag:
     """Whether the images that are reported have chosen alpha."""
     name = "selection on the test split"
-    chooser, reporter = roles(table)
+    if not measured:
+        return Flag(name, None, (), "there is no round but checks; finish the sweep")
+    chooser, reporter = roles(sorted({run.split for run in measured}))
     tried = {run.alpha for run in measured if run.split == chooser} - {0.0}
     reported = {run.alpha for run in measured if run.split == reporter and run.round == MAIN}
     if not tried:

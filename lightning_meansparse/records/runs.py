@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,9 +73,8 @@ def rounds(table: pa.Table, split: str) -> tuple[str, ...]:
     return tuple(sorted(names.to_pylist(), key=rank))
 
 
-def roles(table: pa.Table) -> tuple[str, str]:
-    """The split that chooses alpha and the one that is reported; one split alone does both."""
-    names = splits(table)
+def roles(names: Sequence[str]) -> tuple[str, str]:
+    """Of some splits the one that chooses alpha and the one that is reported; one alone is both."""
     reporter = TEST if TEST in names else names[0]
     others = [name for name in names if name != reporter]
     return (HELD_OUT if HELD_OUT in names else (others or [reporter])[0]), reporter

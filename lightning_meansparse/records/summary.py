@@ -157,20 +157,21 @@ def verdict(summary: AlphaSummary, *, chose: bool | None = None) -> str:
     if not summary.robust:
         return f"Nothing measured: no attack was run on the {images}."
     worst, gain = summary.worst, summary.gain
+    every = "every attack" + ("" if summary.round == MAIN else f" of {summary.round}")
     where = ""
     if (summary.split == HELD_OUT) if chose is None else chose:
         where = ", on the very images that chose alpha"
     if summary.alpha == 0:
         return (
             f"No gain: alpha = 0 leaves the base model as it is; {worst.value:.1%} of the {images} "
-            f"withstand every attack, 95% interval {worst.low:.1%} to {worst.high:.1%}{where}."
+            f"withstand {every}, 95% interval {worst.low:.1%} to {worst.high:.1%}{where}."
         )
     # An attack that succeeded is proof, whatever it knew; one that failed is not.
     harm = gain.p < 0.05 and gain.value < 0
     judged = harm or "adaptive" in summary.kinds.values()
     measured = (
         f"at alpha = {summary.alpha:g}, {worst.value:.1%} of the {images} withstand "
-        f"{'every attack' if judged else 'the attacks that were run'}, "
+        f"{every if judged else 'the attacks that were run'}, "
         f"against {summary.base.value:.1%} for the base model under the same attacks "
         f"({100 * gain.value:+.1f} points, 95% interval {100 * gain.low:+.1f} to "
         f"{100 * gain.high:+.1f}, {_p(gain.p)})" + (f"{where}, which flatters it" if where else "")
