@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from lightning_meansparse.records import AlphaSummary, Proportion
-from lightning_meansparse.report.findings import Findings
+import pyarrow as pa
+
+from lightning_meansparse.records import MAIN, AlphaSummary, Flag, Proportion, rounds, splits
+from lightning_meansparse.report.findings import Findings, Stage
 from lightning_meansparse.report.sources import Sources
 
 NOT_MEASURED = "not measured"
@@ -35,7 +37,19 @@ def alpha_column(summaries: list[AlphaSummary]) -> Column:
 
 
 def result_columns(summaries: list[AlphaSummary]) -> list[Column]:
-    """What counts, in percent and points: clean, apparent, worst case, gain, p, masking, n."""
+    """What counts, in percent and points: clean, apparent, worst case, gain, p, masking, n.
+
+    Where no attack ran: clean, its change against the base model, p, n.
+    """
+    n = Column("n", tuple(f"{s.n:,}" for s in summaries))
+    p = Column("p", tuple(_p(s) for s in summaries))
+    if not summaries[0].robust:
+        return [
+            Column("clean [95%]", tuple(_interval(s.clean) for s in summaries)),
+            Column("change ± SE", tuple(_gain(s) for s in summaries)),
+            p,
+            n,
+        ]
     return [
         Column("clean", tuple(number(s.clean.value) for s in summaries)),
         Column(
@@ -47,12 +61,12 @@ def result_columns(summaries: list[AlphaSummary]) -> list[Column]:
         ),
         Column("worst case [95%]", tuple(_interval(s.worst) for s in summaries), "worst"),
         Column("gain ± SE", tuple(_gain(s) for s in summaries), "gain"),
-        Column("p", tuple(_p(s) for s in summaries)),
+        p,
         Column(
             "masking",
             tuple(NOT_MEASURED if s.masking is None else number(s.masking) for s in summaries),
         ),
-        Column("n", tuple(f"{s.n:,}" for s in summaries)),
+        n,
     ]
 
 
@@ -109,22 +123,66 @@ def replacement(sources: Sources) -> str:
     return known.get(str(sources.metadata.get("center")), "their channel’s mean")
 
 
-def role(findings: Findings, split: str) -> str:
-    """What a split was for: "chose α", "reported", both, or ""."""
+def role(findings: Findings, stage: Stage) -> str:
+    """What a stage was for: "chose α", "reported", both, or ""."""
     parts = []
-    if split == findings.chooser:
+    if stage[0].split == findings.chooser:
         parts.append("chose α")
-    if split == findings.reporter:
+    if stage == findings.reported:
         parts.append("reported")
     return " and ".join(parts)
 
 
-def split_label(findings: Findings, split: str) -> str:
-    """A split with its n and role, such as "test images, n = 1,000 (reported)"."""
-    counts = sorted({summary.n for summary in findings.summaries[split]})
+def stage_label(findings: Findings, stage: Stage) -> str:
+    """A stage with its n and role, such as "test images, n = 1,000 (reported)"."""
+    counts = sorted({summary.n for summary in stage})
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    part = role(findings, split)
-    return f"{split} images, n = {n}" + (f" ({part})" if part else "")
+    round = "" if stage[0].round == MAIN else f", {stage[0].round}"
+    part = role(findings, stage)
+    return f"{stage[0].split} images{round}, n = {n}" + (f" ({part})" if part else "")
+
+
+def cost_columns(table: pa.Table) -> list[Column]:
+    """What every round cost, and all together: the first column names the round."""
+    cost = table.group_by(["split", "round"]).aggregate(
+        [
+            ("alpha", "count_distinct"),
+            ("index", "count_distinct"),
+            ("forwards", "sum"),
+            ("backwards", "sum"),
+        ]
+    )
+    found = {(row["split"], row["round"]): row for row in cost.to_pylist()}
+    rows = [found[split, round] for split in splits(table) for round in rounds(table, split)]
+    heads = {
+        "alphas": "alpha_count_distinct",
+        "images": "index_count_distinct",
+        "forward passes": "forwards_sum",
+        "backward passes": "backwards_sum",
+    }
+    columns = [Column("round", (*(f"{row['split']}, {row['round']}" for row in rows), "all"))]
+    for head, key in heads.items():
+        total = f"{sum(row[key] for row in rows):,}" if head.endswith("passes") else ""
+        columns.append(Column(head, (*(f"{row[key]:,}" for row in rows), total)))
+    return columns
+
+
+def flag_head(flag: Flag) -> str:
+    """A raised flag's name, and at which alphas."""
+    alphas = ", ".join(f"{alpha:g}" for alpha in flag.alphas)
+    return capital(flag.name) + (f" at alpha = {alphas}" if alphas else "")
+
+
+def quiet_flags(findings: Findings) -> list[str]:
+    """One line on the flags that were not raised, one on those that nobody measured, and why."""
+    passed = ", ".join(flag.name for flag in findings.flags if flag.raised is False)
+    unknown: dict[str, list[str]] = {}
+    for flag in findings.flags:
+        if flag.raised is None:
+            unknown.setdefault(flag.seen, []).append(flag.name)
+    reasons = "; ".join(f"{', '.join(names)} ({why})" for why, names in unknown.items())
+    lines = [("Looked for and not found", passed), ("Not measured", reasons)]
+    return [f"{head}: {text}." for head, text in lines if text]
 
 
 def signs(text: str) -> str:

@@ -58,10 +58,9 @@ def draw_accuracy(
 ) -> None:
     """Draws clean, apparent and worst-case accuracy with 95 % intervals.
 
-    Lines with bands are the split with the most alphas; big marks with bars another split.
+    Lines with bands are the stage with the most alphas; big marks with bars another one.
     """
-    lines = findings.summaries[findings.curve]
-    marks = [] if findings.marked is None else findings.summaries[findings.marked]
+    lines, marks = findings.curve, findings.marked or []
     alphas = sorted({s.alpha for s in [*lines, *marks]})
     span = (alphas[-1] - alphas[0]) or 1.0
     axes.set_xlim(alphas[0] - 0.045 * span, alphas[-1] + 0.045 * span)
@@ -71,8 +70,10 @@ def draw_accuracy(
     dress(axes, colours, xlabel="threshold α (standard deviations)", ylabel="accuracy (%)")
     _alpha_ticks(axes, alphas, findings.chosen)
 
-    base = 100 * lines[0].worst.value
-    axes.axhline(base, color=colours["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
+    attacked = next((stage[0] for stage in (lines, marks) if stage and stage[0].robust), None)
+    if attacked:
+        base = 100 * attacked.worst.value
+        axes.axhline(base, color=colours["muted"], lw=1, ls=(0, (2, 3)), zorder=1)
     axes.axvline(findings.chosen, color=colours["ink"], lw=1.2, zorder=1)
     left = findings.chosen > alphas[0] + 0.6 * span
     axes.annotate(
@@ -118,7 +119,7 @@ def draw_accuracy(
     if narrow:
         _legend(axes, lines, colours)
     else:
-        _end_labels(axes, lines, base, colours)
+        _end_labels(axes, lines, attacked, colours)
 
 
 def draw_histogram(axes: Axes, histogram: Histogram, part: str, colours: Mapping[str, str]) -> None:
@@ -192,7 +193,8 @@ def draw_replaced(
 
 
 def _shares(summary: AlphaSummary) -> dict[str, Proportion]:
-    shares = {"clean": summary.clean, "apparent": summary.apparent, "worst": summary.worst}
+    worst = summary.worst if summary.robust else None
+    shares = {"clean": summary.clean, "apparent": summary.apparent, "worst": worst}
     return {name: share for name, share in shares.items() if share is not None}
 
 
@@ -283,13 +285,17 @@ def _draw_masking(axes: Axes, lines: Sequence[AlphaSummary], colours: Mapping[st
 
 
 def _end_labels(
-    axes: Axes, lines: Sequence[AlphaSummary], base: float, colours: Mapping[str, str]
+    axes: Axes,
+    lines: Sequence[AlphaSummary],
+    base: AlphaSummary | None,
+    colours: Mapping[str, str],
 ) -> None:
     """Names the lines at their right ends, moved apart where they would touch."""
     last = lines[-1]
     labels = [(100 * p.value, _MEASURES[m][0], m) for m, p in _shares(last).items()]
     labels = [(value, f"{text} {value:.1f}%", colour) for value, text, colour in labels]
-    labels.append((base, f"base, worst {base:.1f}%", "muted"))
+    if base:
+        labels.append((100 * base.worst.value, f"base, worst {base.worst.value:.1%}", "muted"))
     labels.sort()
     step = 16 / _points_per_unit(axes)
     places = [value for value, _, _ in labels]

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_meansparse.records import (
-    HELD_OUT,
-    TEST,
+    MAIN,
+    SCHEMA,
     AlphaSummary,
+    Flag,
     choose_alpha,
+    flags,
+    roles,
+    rounds,
     splits,
     summarize,
     verdict,
 )
+from lightning_meansparse.report.choice import told
+
+Stage = list[AlphaSummary]
+"""Summaries of one round, or of several under the same attacks, ascending in alpha."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Summaries of every split and what follows from them.
+    """Summaries of everything measured and what follows from them.
 
     Attributes:
-        summaries: per split, ascending in alpha.
+        stages: per split, in the order of measurement. Rounds that differ in their number only and
+            ran the same attacks are one stage: every alpha with all images it has met.
         chooser: the split that chose alpha.
         reporter: the split that the verdict speaks of.
         chosen: the alpha chosen.
@@ -33,9 +44,10 @@ class Findings:
             measured".
         sentence: the rest of the verdict.
         notes: what else a reader must know, one sentence each.
+        flags: every doubt that was looked for.
     """
 
-    summaries: Mapping[str, list[AlphaSummary]]
+    stages: Mapping[str, list[Stage]]
     chooser: str
     reporter: str
     chosen: float
@@ -43,6 +55,7 @@ class Findings:
     headline: str
     sentence: str
     notes: tuple[str, ...]
+    flags: tuple[Flag, ...]
 
     @property
     def honest(self) -> bool:
@@ -50,69 +63,161 @@ class Findings:
         return self.chooser != self.reporter
 
     @property
-    def curve(self) -> str:
-        """The split drawn as lines: the one that saw more alphas, of equals the reporter."""
-        pair = {self.reporter, self.chooser}
-        return max(pair, key=lambda s: (len(self.summaries[s]), s == self.reporter))
+    def reported(self) -> Stage:
+        """The stage that the verdict speaks of."""
+        return next(stage for stage in self.stages[self.reporter] if self.judged in stage)
 
     @property
-    def marked(self) -> str | None:
-        """The split drawn as single marks beside the lines; None when there is but one."""
-        if not self.honest:
-            return None
-        return self.reporter if self.curve == self.chooser else self.chooser
+    def choosing(self) -> Stage:
+        """The stage that chose alpha: all attacks if they were run, else the most alphas."""
+        return max(self.stages[self.chooser], key=lambda stage: (_is_main(stage), len(stage)))
 
     @property
-    def in_order(self) -> list[str]:
-        """All splits: the reported one, the one that chose, then the rest."""
-        first = list(dict.fromkeys([self.reporter, self.chooser]))
-        return first + [name for name in self.summaries if name not in first]
+    def curve(self) -> Stage:
+        """The stage drawn as lines: the one that saw more alphas, of equals the reported."""
+        known = [self.reported, self.choosing, *self.stages[self.chooser]]
+        return max(known, key=len)
+
+    @property
+    def marked(self) -> Stage | None:
+        """The stage drawn as single marks beside the lines; None when there is but one."""
+        if self.curve != self.reported:
+            return self.reported
+        return self.choosing if self.honest else None
+
+    @property
+    def in_order(self) -> list[Stage]:
+        """All stages: the reported one, those of the split that chose, then the rest."""
+        own = sorted(self.stages[self.chooser], key=_is_main, reverse=True)
+        rest = [stage for stages in self.stages.values() for stage in stages]
+        known = [self.reported, *own, *rest]
+        return list({(stage[0].split, stage[0].round): stage for stage in known}.values())
+
+    @property
+    def raised(self) -> list[Flag]:
+        """The flags that were raised, those about what is reported first."""
+        raised = [flag for flag in self.flags if flag.raised]
+        return sorted(raised, key=self.concerns, reverse=True)
+
+    def concerns(self, flag: Flag) -> bool:
+        """Whether a flag is about the alpha that is reported, or the base it is compared with."""
+        return not flag.alphas or bool({0.0, self.chosen} & set(flag.alphas))
 
 
 def find(table: pa.Table, metadata: Mapping[str, Any]) -> Findings:
-    """Summarizes all splits, chooses alpha on held-out data and judges it on the test split.
+    """Summarizes everything, takes or makes the choice of alpha, and judges it on the test split.
 
     Args:
         table: the records.
-        metadata: their metadata; ``"chosen_alpha"`` overrides the choice, and a note says so.
+        metadata: their metadata: ``"chosen_alpha"``, without which the largest worst-case gain on
+            held-out data chooses, and ``"select"``, which says how it was chosen.
 
     Raises:
-        ValueError: the records contradict each other (see `summarize`), or the chosen alpha
-            was not measured.
+        ValueError: the records contradict each other (see `summarize`), hold nothing but checks,
+            or the chosen alpha was not measured.
     """
-    names = splits(table)
-    summaries = {name: summarize(table, split=name) for name in names}
-    reporter = TEST if TEST in names else names[0]
-    others = [name for name in names if name != reporter]
-    chooser = HELD_OUT if HELD_OUT in names else (others or [reporter])[0]
-    best = choose_alpha(summaries[chooser])
+    stages = {split: found for split in splits(table) if (found := _stages(table, split))}
+    if not stages:
+        raise ValueError("records must hold a round that is no check. Got checks alone.")
+    chooser, reporter = roles(sorted(stages))
+    grid = next(filter(_is_main, stages[chooser]), None)
+    best = choose_alpha(grid) if grid else 0.0
     given = metadata.get("chosen_alpha")
     chosen = best if given is None else float(given)
-    notes = []
-    if chosen != best:
+    select = metadata.get("select") or {}
+    notes = _how_far(stages, metadata)
+    if given is None and notes:
+        shown = "; the one shown would be, from these images" if grid else ""
+        notes.append(f"No alpha is chosen yet{shown}.")
+    if given is not None and "method" in select:
+        names = [name for name in rounds(table, chooser) if not name.startswith("check:")]
+        met = {name: summarize(table, split=chooser, round=name) for name in names}
+        notes += told(met, select, chosen)
+    if chosen != best and select.get("method", "grid") in ("grid", "racing"):
         notes.append(
             f"alpha = {chosen:g} was not chosen by the largest worst-case accuracy on the "
             f"{chooser} images; that would have been alpha = {best:g}."
         )
-    measured = {s.alpha: s for s in summaries[reporter]}
-    if chosen not in measured and chosen in {s.alpha for s in summaries[chooser]}:
+    judged = _measured(stages[reporter], chosen)
+    if judged is None and (judged := _measured(stages[chooser], chosen)):
         notes.append(f"alpha = {chosen:g} has not been measured on the {reporter} images yet.")
-        reporter, measured = chooser, {s.alpha: s for s in summaries[chooser]}
-    if chosen not in measured:
+        reporter = chooser
+    if judged is None:
+        known = sorted({s.alpha for found in stages.values() for stage in found for s in stage})
         raise ValueError(
-            f"metadata['chosen_alpha'] must be one of the alphas in the records, "
-            f"{sorted(measured)}. Got {chosen:g}."
+            f"metadata['chosen_alpha'] must be one of the alphas in the records, {known}. "
+            f"Got {chosen:g}."
         )
-    judged = measured[chosen]
-    chose = reporter == chooser and len(summaries[chooser]) > 1
+    tried = max(map(len, stages[chooser])) > 1
+    chose = reporter == chooser and tried
     headline, sentence = verdict(judged, chose=chose).split(": ", 1)
     if chose:
         notes.append("Measure the chosen alpha on images that chose nothing.")
+    result = Findings(
+        stages=stages,
+        chooser=chooser,
+        reporter=reporter,
+        chosen=chosen,
+        judged=judged,
+        headline=headline,
+        sentence=sentence,
+        notes=(),
+        flags=tuple(flags(table, metadata)),
+    )
     if chosen == 0:
-        notes.extend(_why_the_base_stays(summaries[chooser]))
-    else:
-        notes.extend(_what_gradients_said(judged, measured[0.0]))
-    return Findings(summaries, chooser, reporter, chosen, judged, headline, sentence, tuple(notes))
+        notes += _why_the_base_stays(result.choosing)
+    elif judged.robust:
+        notes += _what_gradients_said(judged, result.reported[0])
+    return replace(result, notes=tuple(notes))
+
+
+def _stages(table: pa.Table, split: str) -> list[Stage]:
+    """Summaries of a split's rounds, without checks; numbered ones under equal attacks as one."""
+    here = table.filter(pc.equal(table.column("split"), split))
+    found = []
+
+    def kind(name: str) -> tuple[str, list[str]]:
+        stem, _, number = name.rpartition("-")
+        rows = here.filter(pc.equal(here.column("round"), name))
+        steps = rows.group_by(["order", "attack"]).aggregate([]).sort_by("order")
+        return stem if number.isdecimal() else name, steps.column("attack").to_pylist()
+
+    names = [name for name in rounds(here, split) if not name.startswith("check:")]
+    for _, group in groupby(names, key=kind):
+        first, *others = group
+        label = f"{first} to {others[-1]}" if others else first
+        rows = here.filter(pc.is_in(here.column("round"), pa.array([first, *others])))
+        column = pa.repeat(label, rows.num_rows)
+        place = SCHEMA.get_field_index("round")
+        rows = rows.set_column(place, SCHEMA.field(place), column)
+        found.append(summarize(rows, split=split, round=label))
+    return found
+
+
+def _is_main(stage: Stage) -> bool:
+    return stage[0].round == MAIN
+
+
+def _measured(stages: list[Stage], alpha: float) -> AlphaSummary | None:
+    """What an alpha did under all attacks; if it has not met them, in the last stage it met."""
+    found = [s for stage in sorted(stages, key=_is_main) for s in stage if s.alpha == alpha]
+    return found[-1] if found else None
+
+
+def _how_far(stages: Mapping[str, list[Stage]], metadata: Mapping[str, Any]) -> list[str]:
+    """Says of a sweep that has not finished how far it is."""
+    unfinished = metadata.get("unfinished")
+    if not isinstance(unfinished, Mapping):
+        return []
+    so_far = ", ".join(
+        f"{split} {'' if _is_main(stage) else stage[0].round + ' '}{stage[0].n:,}"
+        for split, found in stages.items()
+        for stage in found
+    )
+    notes = [f"The sweep has not finished; images so far: {so_far}."]
+    if left_out := unfinished.get("left_out"):
+        notes.append(f"{left_out:,} more are left out, because some alphas have not met them yet.")
+    return notes
 
 
 def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
@@ -120,6 +225,8 @@ def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
     if not tried:
         return []
     best = max(tried, key=lambda s: (s.gain.value, -s.alpha))
+    if not best.robust:
+        return []
     notes = [
         f"On the {best.split} images (n = {best.n:,}) no alpha made the model more robust; the "
         f"best, alpha = {best.alpha:g}, changed its worst case by {100 * best.gain.value:+.1f} "

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from lightning_meansparse.report.cells import (
     NOT_MEASURED,
@@ -17,16 +16,20 @@ from lightning_meansparse.report.cells import (
     alpha_column,
     attack_columns,
     capital,
+    cost_columns,
+    flag_head,
     percent,
+    quiet_flags,
     replacement,
     result_columns,
     signs,
-    split_label,
+    stage_label,
     title,
 )
 from lightning_meansparse.report.drawing import COLOURS
 from lightning_meansparse.report.figures import accuracy_svg, histogram_svg, histogram_top
-from lightning_meansparse.report.findings import Findings
+from lightning_meansparse.report.findings import Findings, Stage
+from lightning_meansparse.report.method import again, method
 from lightning_meansparse.report.sources import SiteShare, Sources
 
 _TONES = {
@@ -44,18 +47,6 @@ _MARK = (
     '<path d="M19 0V18M15 0H23M15 18H23" stroke="var(--worst)" stroke-width="1.8"/>'
     '<rect x="14" y="4" width="10" height="10" fill="var(--worst)"/>'
 )
-_LABELS = {
-    "model": "Model",
-    "base": "Base model",
-    "data": "Data",
-    "dataset": "Data",
-    "eps": "Perturbation budget ε",
-    "norm": "Norm",
-    "seed": "Seed",
-    "where": "Placement",
-    "versions": "Versions",
-    "hardware": "Hardware",
-}
 
 
 def render(sources: Sources, findings: Findings) -> str:
@@ -66,14 +57,14 @@ def render(sources: Sources, findings: Findings) -> str:
         title=escape(title(sources)),
         css=_theme() + package.joinpath("style.css").read_text(encoding="utf-8"),
         verdict=_verdict(findings),
+        flags=_flags(findings),
         accuracy=_accuracy(findings),
         reading=_reading(findings),
-        tables="\n".join(_tables(findings, split) for split in findings.in_order)
-        + f'\n<p class="muted">{escape(P_NOTE)}</p>',
+        tables=_numbers(sources, findings),
         histogram=_histogram(sources),
         sites=_sites(sources, findings.chosen),
-        method=_method(sources),
-        again=_again(sources),
+        method=method(sources, findings),
+        again=again(sources),
     )
 
 
@@ -111,11 +102,22 @@ def _verdict(findings: Findings) -> str:
     )
 
 
+def _flags(findings: Findings) -> str:
+    raised = "".join(
+        f'<li class="{"doubt" if findings.concerns(flag) else "flat"}">'
+        f"<b>{_prose(flag_head(flag))}</b>{_prose(flag.seen)} "
+        f'<span class="muted">See <code>{escape(flag.read_on)}</code>.</span></li>'
+        for flag in findings.raised
+    )
+    quiet = "".join(f'<p class="muted">{_prose(line)}</p>' for line in quiet_flags(findings))
+    return (f'<ul class="flags">{raised}</ul>' if raised else "") + quiet
+
+
 def _accuracy(findings: Findings) -> str:
     judged = findings.judged
-    key = [_key("line and 95% band", _BAND, split_label(findings, findings.curve))]
+    key = [_key("line and 95% band", _BAND, stage_label(findings, findings.curve))]
     if findings.marked is not None:
-        key.append(_key("big mark and 95% bar", _MARK, split_label(findings, findings.marked)))
+        key.append(_key("big mark and 95% bar", _MARK, stage_label(findings, findings.marked)))
     apparent = percent(judged.apparent.value) if judged.apparent else NOT_MEASURED
     label = (
         f"Line chart of accuracy against alpha. At alpha {judged.alpha:g} on {judged.split} "
@@ -174,32 +176,45 @@ def _reading(findings: Findings) -> str:
     return "\n".join(f"<li>{item}</li>" for item in items)
 
 
-def _tables(findings: Findings, split: str) -> str:
-    summaries = findings.summaries[split]
-    label = escape(split_label(findings, split))
-    name = f"t-{findings.in_order.index(split)}"
+def _numbers(sources: Sources, findings: Findings) -> str:
+    cost, *columns = cost_columns(sources.table)
+    return "\n".join(
+        [
+            *(_tables(findings, stage, f"t-{i}") for i, stage in enumerate(findings.in_order)),
+            f'<p class="muted">{escape(P_NOTE)}</p>',
+            '<details><summary id="t-cost">Model evaluations, round by round</summary>',
+            _table(cost, columns, "t-cost"),
+            "</details>",
+        ]
+    )
+
+
+def _tables(findings: Findings, stage: Stage, name: str) -> str:
+    label, split = escape(stage_label(findings, stage)), escape(stage[0].split)
+    alphas = alpha_column(stage)
+    chosen = next((i for i, s in enumerate(stage) if s.alpha == findings.chosen), None)
+    table = f'<h3 id="{name}">{capital(label)}</h3>' + _table(
+        alphas, result_columns(stage), name, chosen=chosen
+    )
+    if not stage[0].robust:
+        return table
     return (
-        f'<h3 id="{name}">{capital(label)}</h3>'
-        + _table(findings, split, result_columns(summaries), name)
-        + f'<details><summary id="{name}a">Attack by attack, {escape(split)} images</summary>'
-        + '<p class="muted">Accuracy after each attack and all before it, in percent.</p>'
-        + _table(findings, split, attack_columns(summaries), f"{name}a")
+        f'{table}<details><summary id="{name}a">Attack by attack, {split} images</summary>'
+        '<p class="muted">Accuracy after each attack and all before it, in percent.</p>'
+        + _table(alphas, attack_columns(stage), f"{name}a", chosen=chosen)
         + "</details>"
     )
 
 
-def _table(findings: Findings, split: str, columns: list[Column], name: str) -> str:
-    summaries = findings.summaries[split]
-    first = alpha_column(summaries)
+def _table(first: Column, columns: list[Column], name: str, *, chosen: int | None = None) -> str:
     head = "".join(f'<th scope="col">{_cell(c.head)}</th>' for c in (first, *columns))
     body = []
-    for place, summary in enumerate(summaries):
-        chosen = summary.alpha == findings.chosen
-        tag = ' <span class="tag">chosen</span>' if chosen else ""
+    for place, text in enumerate(first.texts):
+        tag = ' <span class="tag">chosen</span>' if place == chosen else ""
         row = "".join(f'<td class="{c.kind}">{_cell(c.texts[place])}</td>' for c in columns)
         body.append(
-            f"<tr{' class=chosen' * chosen}>"
-            f'<th scope="row">{escape(first.texts[place])}{tag}</th>{row}</tr>'
+            f"<tr{' class=chosen' * (place == chosen)}>"
+            f'<th scope="row">{escape(text)}{tag}</th>{row}</tr>'
         )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}">'
@@ -262,73 +277,3 @@ def _site_row(site: SiteShare, share: float) -> str:
         f'<td><div class="bar"><span style="--share: {100 * share:.2f}%"></span>'
         f"<b>{percent(share)}</b></div></td></tr>"
     )
-
-
-def _method(sources: Sources) -> str:
-    metadata = dict(sources.metadata)
-    attacks = metadata.pop("attacks", None)
-    metadata.pop("command", None)  # stands in a section of its own
-    known = [(_LABELS[key], metadata.pop(key)) for key in _LABELS if key in metadata]
-    known += [(key.replace("_", " ").capitalize(), metadata[key]) for key in sorted(metadata)]
-    kept = {k: v for k, v in sources.adapter.items() if not isinstance(v, list | dict)}
-    if kept:
-        known.append(("Adapter", kept))
-    seeds = sorted(set(sources.table.column("seed").to_pylist()))
-    if "seed" not in sources.metadata:
-        known.append(("Seed", seeds[0] if len(seeds) == 1 else seeds))
-    pairs = "".join(f"<dt>{escape(k)}</dt><dd>{_value(v)}</dd>" for k, v in known)
-    return f'<div class="method">{_attacks(sources, attacks)}<dl>{pairs}</dl></div>'
-
-
-def _attacks(sources: Sources, attacks: Any) -> str:
-    specs = {
-        spec.get("name"): {k: v for k, v in spec.items() if k not in ("name", "kind")}
-        for spec in (attacks if isinstance(attacks, list) else [])
-        if isinstance(spec, Mapping)
-    }
-    table = sources.table.group_by(["order", "attack", "kind"]).aggregate([]).sort_by("order")
-    items = [
-        f"<dt>{escape(entry['attack'])} <small>{escape(entry['kind'])}</small></dt>"
-        f"<dd>{_value(specs.get(entry['attack'], {})) or 'budget not recorded'}</dd>"
-        for entry in table.to_pylist()
-        if entry["attack"] != "clean"
-    ]
-    if not items:
-        return "<p>No attack was run.</p>"
-    return (
-        "<p>Attacks in this order; each gets the images that still stand. The base model faced the "
-        f"same list.</p><dl>{''.join(items)}</dl><h3>Settings</h3>"
-    )
-
-
-def _again(sources: Sources) -> str:
-    command = sources.metadata.get("command")
-    sweep = (
-        f"<p>The measurement was made by</p><pre><code>{escape(str(command))}</code></pre>"
-        if command
-        else ""
-    )
-    return (
-        "<p>Every number above is computed from <code>records.parquet</code> (one row per image, α "
-        "and attack). In this folder:</p><pre><code>meansparse report .</code></pre>" + sweep
-    )
-
-
-def _value(value: Any, *, between: str = " · ") -> str:
-    """Any JSON value as readable, escaped text."""
-    if isinstance(value, Mapping):
-        return between.join(
-            f"{escape(str(key).replace('_', ' '))} {_value(item, between=', ')}"
-            for key, item in _present(value.items())
-        )
-    if isinstance(value, list):
-        return ", ".join(_value(item, between=", ") for item in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return escape(str(value))
-
-
-def _present(items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    return [(key, item) for key, item in items if item not in (None, [], {}, "")]

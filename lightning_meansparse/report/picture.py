@@ -6,7 +6,7 @@ import io
 import textwrap
 from typing import TYPE_CHECKING
 
-from lightning_meansparse.report.cells import capital, signs, split_label, title
+from lightning_meansparse.report.cells import capital, flag_head, signs, stage_label, title
 from lightning_meansparse.report.drawing import LIGHT, quiet_save, style
 from lightning_meansparse.report.figures import draw_accuracy, draw_histogram, draw_replaced
 from lightning_meansparse.report.findings import Findings
@@ -26,7 +26,7 @@ def render_png(sources: Sources, findings: Findings) -> bytes:
     with style():
         figure = Figure(figsize=(12, 8), dpi=150, facecolor=LIGHT["paper"])
         _header(figure, sources, findings)
-        draw_accuracy(figure.add_axes((0.055, 0.085, 0.39, 0.595)), findings, LIGHT, narrow=False)
+        draw_accuracy(figure.add_axes((0.055, 0.085, 0.39, 0.58)), findings, LIGHT, narrow=False)
         if sources.histogram:
             for left, part in ((0.635, "before"), (0.832, "after")):
                 axes = figure.add_axes((left, 0.49, 0.158, 0.19))
@@ -52,7 +52,12 @@ def _header(figure: Figure, sources: Sources, findings: Findings) -> None:
     lines = textwrap.wrap(said, 138)
     text = "\n".join(lines[:4] if len(lines) <= 4 else [*lines[:3], f"{lines[3]} …"])
     figure.text(0.02, 0.875, text, size=11.5, color=LIGHT["ink"], va="top", linespacing=1.35)
-    kinds = [f"lines and bands: {split_label(findings, findings.curve)}"]
+    kinds = [f"lines and bands: {stage_label(findings, findings.curve)}"]
     if findings.marked is not None:
-        kinds.append(f"big marks and bars: {split_label(findings, findings.marked)}")
-    figure.text(0.02, 0.745, "   ·   ".join(kinds), size=10, color=LIGHT["muted"], va="center")
+        kinds.append(f"big marks and bars: {stage_label(findings, findings.marked)}")
+    figure.text(0.02, 0.747, "   ·   ".join(kinds), size=10, color=LIGHT["muted"], va="center")
+    if findings.raised:
+        tone = "apparent" if findings.concerns(findings.raised[0]) else "muted"
+        doubts = "   ·   ".join(signs(flag_head(flag)) for flag in findings.raised)
+        lines = textwrap.wrap(f"Reasons to doubt: {doubts}", 150, max_lines=1, placeholder=" …")
+        figure.text(0.02, 0.72, lines[0], size=10, color=LIGHT[tone], va="center")

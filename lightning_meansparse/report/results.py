@@ -6,25 +6,36 @@ import re
 
 from lightning_meansparse.report.cells import (
     P_NOTE,
+    Column,
     alpha_column,
     attack_columns,
     capital,
+    cost_columns,
+    flag_head,
+    quiet_flags,
     result_columns,
     signs,
-    split_label,
+    stage_label,
     title,
 )
-from lightning_meansparse.report.findings import Findings
+from lightning_meansparse.report.findings import Findings, Stage
 from lightning_meansparse.report.sources import Sources
 
 
 def render_markdown(sources: Sources, findings: Findings) -> str:
-    """Returns title, verdict and one table per split, the reported one first."""
+    """Returns title, verdict, flags and one table per stage, the reported one first."""
     verdict = " ".join([f"**{findings.headline}**: {findings.sentence}", *findings.notes])
     parts = [f"# {_plain(title(sources))}", signs(verdict)]
-    for split in findings.in_order:
-        parts.append(f"## {_plain(capital(split_label(findings, split)))}")
-        parts.append(_table(findings, split))
+    raised = (
+        f"- **{signs(flag_head(flag))}**: {signs(_plain(flag.seen))} See `{flag.read_on}`."
+        for flag in findings.raised
+    )
+    parts += filter(None, ["\n".join(raised), *map(capital, quiet_flags(findings))])
+    for stage in findings.in_order:
+        parts.append(f"## {_plain(capital(stage_label(findings, stage)))}")
+        parts.append(_results(findings, stage))
+    if len(findings.in_order) > len(findings.stages):
+        parts += ["## Model evaluations, round by round", _table(*cost_columns(sources.table))]
     parts.append(
         "Accuracies in percent, after each attack and all before it; intervals are Wilson 95%; the "
         f"gain is paired with the base model (α = 0) under the same attacks. {P_NOTE} Made by "
@@ -33,22 +44,30 @@ def render_markdown(sources: Sources, findings: Findings) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(findings: Findings, split: str) -> str:
-    summaries = findings.summaries[split]
-    columns = [*result_columns(summaries), *attack_columns(summaries)]
-    first = [
+def _results(findings: Findings, stage: Stage) -> str:
+    alphas = alpha_column(stage)
+    texts = (
         f"**{text}** (chosen)" if summary.alpha == findings.chosen else text
-        for summary, text in zip(summaries, alpha_column(summaries).texts, strict=True)
+        for summary, text in zip(stage, alphas.texts, strict=True)
+    )
+    columns = [*result_columns(stage), *(attack_columns(stage) if stage[0].robust else [])]
+    return _table(Column(alphas.head, tuple(texts)), *columns)
+
+
+def _table(first: Column, *columns: Column) -> str:
+    """The first column is taken as it is."""
+    rows = [
+        [first.head, *(_plain(column.head) for column in columns)],
+        ["---:"] * (1 + len(columns)),
     ]
-    rows = [["α", *(_plain(column.head) for column in columns)], ["---:"] * (len(columns) + 1)]
-    for place, alpha in enumerate(first):
+    for place, text in enumerate(first.texts):
         texts = (
             f"**{_plain(column.texts[place])}**"
             if column.kind == "worst"
             else _plain(column.texts[place])
             for column in columns
         )
-        rows.append([alpha, *texts])
+        rows.append([text, *texts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
