@@ -13,35 +13,15 @@ from lightning_meansparse.attacks.spec import KINDS, AttackSpec
 _OURS = "lightning_meansparse.attacks"
 
 
-def _apgd(name: str, *, loss: str = "ce", steps: int = 100, **how: Any) -> AttackSpec:
-    options: dict[str, Any] = {"steps": steps, "n_restarts": 1, "loss": loss}
-    if loss == "dlr-targeted":
-        options["n_targets"] = how.pop("n_targets")
-    return AttackSpec(name, f"{_OURS}.apgd.APGD", options, **how)
-
-
-def _smooth(name: str, *, temperature: float = 1 / 16, **how: Any) -> AttackSpec:
-    """The gradient seen through the gate; a tenth of the band's width separates in from out."""
-    return _apgd(name, rule="smooth", temperature=temperature, kind="adaptive", **how)
-
-
-def _transfer(name: str, *, factor: float) -> AttackSpec:
-    options = {"factor": factor, "steps": 50, "n_restarts": 1, "loss": "ce"}
-    return AttackSpec(
-        name,
-        f"{_OURS}.transfer.Transfer",
-        options,
-        rule="smooth",
-        temperature=1 / 16,
-        kind="transfer",
-    )
-
-
 def change(spec: AttackSpec, name: str, **options: Any) -> AttackSpec:
     """The same attack under another name with other options."""
     return replace(spec, name=name, options={**spec.options, **options})
 
 
+_CE = AttackSpec("apgd-ce", f"{_OURS}.apgd.APGD", {"steps": 100, "n_restarts": 1, "loss": "ce"})
+_SMOOTH = replace(_CE, rule="smooth", temperature=1 / 16, kind="adaptive")
+_IDENTITY = replace(_CE, rule="identity", kind="adaptive")
+_TRANSFER = replace(_SMOOTH, attack=f"{_OURS}.transfer.Transfer", kind="transfer")
 _SQUARE = AttackSpec(
     "square",
     f"{_OURS}.square.Square",
@@ -59,16 +39,16 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             AttackSpec(
                 "pgd", f"{_OURS}.pgd.PGD", {"steps": 20, "step_size": 0.125, "random_start": True}
             ),
-            _apgd("apgd-ce"),
-            _apgd("apgd-dlr", loss="dlr"),
-            _apgd("apgd-t", loss="dlr-targeted", n_targets=9),
+            _CE,
+            change(_CE, "apgd-dlr", loss="dlr"),
+            change(_CE, "apgd-t", loss="dlr-targeted", n_targets=9),
             AttackSpec(
                 "fab-t",
-                "torchattacks.FAB",
+                f"{_OURS}.fab.FAB",
                 {
                     "steps": 100,
                     "n_restarts": 1,
-                    "multi_targeted": True,
+                    "n_targets": 9,
                     "alpha_max": 0.1,
                     "eta": 1.05,
                     "beta": 0.9,
@@ -76,16 +56,17 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             ),
             _SQUARE,
             change(_SQUARE, "square-1000", n_queries=1000),
-            _transfer("transfer-base", factor=0.0),
-            _transfer("transfer-below", factor=0.75),
-            _transfer("transfer-above", factor=1.25),
-            _smooth("adaptive-ce", steps=50, start="base"),
-            _smooth("adaptive-ce-sharp", temperature=1 / 32),
-            _smooth("adaptive-dlr", loss="dlr"),
-            _smooth("adaptive-dlr-soft", loss="dlr", temperature=1 / 4, steps=50),
-            _smooth("adaptive-t", loss="dlr-targeted", n_targets=3),
-            _apgd("adaptive-ce-identity", steps=50, rule="identity", start="base", kind="adaptive"),
-            _apgd("adaptive-dlr-identity", loss="dlr", steps=50, rule="identity", kind="adaptive"),
+            change(_TRANSFER, "transfer-base", factor=0.0, steps=50),
+            change(_TRANSFER, "transfer-below", factor=0.75, steps=50),
+            change(_TRANSFER, "transfer-above", factor=1.25, steps=50),
+            change(replace(_SMOOTH, start="base"), "adaptive-ce", steps=50),
+            change(replace(_SMOOTH, temperature=1 / 32), "adaptive-ce-sharp"),
+            change(_SMOOTH, "adaptive-dlr", loss="dlr"),
+            change(replace(_SMOOTH, temperature=1 / 4), "adaptive-dlr-soft", loss="dlr", steps=50),
+            change(_SMOOTH, "adaptive-t", loss="dlr-targeted", n_targets=3),
+            change(_SMOOTH, "adaptive-close", loss="margin", n_restarts=10, close=0.1),
+            change(replace(_IDENTITY, start="base"), "adaptive-ce-identity", steps=50),
+            change(_IDENTITY, "adaptive-dlr-identity", loss="dlr", steps=50),
         )
     }
 )
@@ -96,22 +77,17 @@ def _named(*names: str) -> tuple[AttackSpec, ...]:
     return tuple(ATTACKS[name] for name in names)
 
 
-_STANDARD = _named("apgd-ce", "apgd-t", "fab-t", "square")
-_BLACKBOX = _named("square")
-_TRANSFER = _named("transfer-base", "transfer-below", "transfer-above")
-_ADAPTIVE = tuple(spec for spec in ATTACKS.values() if spec.kind == "adaptive")
-
+_PARTS = {
+    **{name: (spec,) for name, spec in ATTACKS.items()},
+    "quick": _named("adaptive-ce"),
+    "basic": _named("fgsm", "pgd", "apgd-ce", "square-1000", "adaptive-ce"),
+    "standard": _named("apgd-ce", "apgd-t", "fab-t", "square"),
+    "blackbox": _named("square"),
+    "transfer": _named("transfer-base", "transfer-below", "transfer-above"),
+    "adaptive": tuple(spec for spec in ATTACKS.values() if spec.kind == "adaptive"),
+}
 SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
-    {
-        **{name: (spec,) for name, spec in ATTACKS.items()},
-        "quick": _named("adaptive-ce"),
-        "basic": _named("fgsm", "pgd", "apgd-ce", "square-1000", "adaptive-ce"),
-        "standard": _STANDARD,
-        "blackbox": _BLACKBOX,
-        "transfer": _TRANSFER,
-        "adaptive": _ADAPTIVE,
-        "full": (*_STANDARD, *_TRANSFER, *_ADAPTIVE),
-    }
+    {**_PARTS, "full": (*_PARTS["standard"], *_PARTS["transfer"], *_PARTS["adaptive"])}
 )
 """What ``resolve_attacks`` knows by name: every single attack, and
 
@@ -122,7 +98,9 @@ SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
 - ``blackbox``: outputs alone;
 - ``transfer``: the path of an attack on the base model, and on the same network at 0.75 and 1.25
   times alpha;
-- ``adaptive``: APGD on three losses through the identity and through smooth gates of three widths;
+- ``adaptive``: APGD on four losses, through the identity and through smooth gates of three widths,
+  from random points and from the base model's examples; what then is close to falling gets ten
+  restarts more;
 - ``full``: all of them, the suite for a number that is published.
 """
 

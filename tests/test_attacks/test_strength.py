@@ -12,8 +12,11 @@ from torch.nn import functional as F
 from lightning_meansparse.attacks import (
     AttackSpec,
     Evaluation,
+    apgd,
     evaluate,
 )
+from lightning_meansparse.attacks.guard import Watched
+from lightning_meansparse.attacks.losses import margin_loss
 from lightning_meansparse.demo.network import ConvNet
 from lightning_meansparse.surgery import set_alpha
 from tests.test_attacks.victims import APGD, EPS, SHORT, Linear, N, own_labels
@@ -136,3 +139,21 @@ def test_any_number_of_classes(images: Tensor, classes: int) -> None:
     assert result.attacked[:, 0].all()
     result = evaluate(model, few, own_labels(model, few), attacks=suite[2:4], eps=0.9)
     assert not result.worst.any()
+
+
+def test_restarts_go_to_the_samples_that_are_close(
+    net: ConvNet, images: Tensor, labels: Tensor
+) -> None:
+    """Each sample costs one run, and the close ones, by their margin after it, all of them."""
+    options = {"eps": EPS / 4, "steps": 8, "loss": "margin", "seed": 5}
+    door = Watched(net, torch.device("cpu"))
+    once = apgd.APGD(door, **options).perturb_from(images, labels)
+    with torch.no_grad():
+        left = margin_loss(net(once.examples), labels) / margin_loss(net(images), labels)
+    close = float(left[~once.fooled].quantile(0.3))
+    focused = apgd.APGD(door, **options, n_restarts=4, close=close).perturb_from(images, labels)
+    never = ~focused.fooled
+    assert torch.equal(focused.fooled & once.fooled, once.fooled)
+    insisted = focused.backwards > once.backwards
+    assert torch.equal(insisted[~once.fooled], left[~once.fooled] < close)
+    assert bool((focused.backwards[never & insisted] == 4 * once.backwards[never & insisted]).all())

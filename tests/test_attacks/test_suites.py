@@ -52,7 +52,7 @@ def test_standard_spells_out_autoattacks_budgets() -> None:
     assert specs["apgd-t"].options["steps"] == 100
     assert specs["apgd-t"].options["n_targets"] == 9
     assert specs["fab-t"].options["steps"] == 100
-    assert specs["fab-t"].options["multi_targeted"] is True
+    assert specs["fab-t"].options["n_targets"] == 9
     assert specs["square"].options["n_queries"] == 5000
 
 
@@ -62,7 +62,7 @@ def test_full_is_every_other_published_suite() -> None:
     seen = {(spec.rule, spec.temperature, spec.options["loss"]) for spec in SUITES["adaptive"]}
     assert {rule for rule, _, _ in seen} == {"identity", "smooth"}
     assert len({temperature for _, temperature, _ in seen if temperature}) >= 3
-    assert {loss for _, _, loss in seen} == {"ce", "dlr", "dlr-targeted"}
+    assert {loss for _, _, loss in seen} == {"ce", "dlr", "dlr-targeted", "margin"}
     assert {spec.start for spec in SUITES["adaptive"]} == {"random", "base"}
 
 
