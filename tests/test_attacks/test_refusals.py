@@ -17,7 +17,7 @@ from lightning_meansparse.attacks import (
     resolve_attacks,
 )
 from lightning_meansparse.demo.network import ConvNet
-from tests.test_attacks.victims import EPS, N, same, trace
+from tests.test_attacks.victims import EPS, Linear, N, own_labels, same, trace
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "L1", "inf"])
@@ -149,3 +149,31 @@ def test_missing_torchattacks_names_the_extra(net: ConvNet, images: Tensor, labe
     assert resolve_attacks("standard")
     with pytest.raises(ImportError, match=r'pip install "lightning_meansparse\[attacks\]"'):
         evaluate(net, images, labels, attacks="pgd", eps=EPS)
+
+
+def test_under_l1_the_library_has_no_sound_attack() -> None:
+    """On a linear model the shortest way is known: along the largest weights, to the pixels' ends.
+
+    As soon as EADL1 finds it, L1 can be offered.
+    """
+    from torchattacks import EADL1
+
+    torch.manual_seed(0)
+    model, images = Linear(2).eval(), 0.2 + 0.6 * torch.rand(16, 1, 12, 12)
+    labels = own_labels(model, images)
+    weight = (model.head.weight[0] - model.head.weight[1]).detach()
+    needed = model(images).detach().diff(dim=1).squeeze(1).abs()
+    toward = torch.where((labels == 0)[:, None], -weight, weight).sign()
+    room = torch.where(toward > 0, 1 - images.flatten(1), images.flatten(1))
+    order = weight.abs().argsort(descending=True)
+    room, steep = room[:, order], weight.abs()[order]
+    won = (room * steep).cumsum(1)
+    used = torch.where(won <= needed[:, None], room, 0).sum(1)
+    last = (won <= needed[:, None]).sum(1)
+    before = torch.where(won <= needed[:, None], room * steep, 0).sum(1)
+    shortest = used + (needed - before) / steep[last]
+    found = EADL1(model)(images.clone(), labels)
+    assert bool((model(found).argmax(1) != labels).all())
+    assert float(((found - images).abs().flatten(1).sum(1) / shortest).median()) > 2
+    with pytest.raises(ValueError, match="Under L1 no attack of torchattacks is sound"):
+        evaluate(model, images, labels, attacks="quick", eps=5.0, norm="L1")
