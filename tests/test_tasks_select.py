@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_meansparse.attacks import ATTACKS, resolve_attacks
-from lightning_meansparse.records import HELD_OUT, MAIN, Paired, rows, summarize
+from lightning_meansparse.records import HELD_OUT, MAIN, SCHEMA, Paired, rows, summarize
 from lightning_meansparse.tasks.selection import (
     FIRST,
     LEVEL,
@@ -63,11 +63,10 @@ def measured(world, round):
 
 def play(plan, world):
     """All rounds of a plan and their rows; at each step the plan sees rows in another order."""
-    table, rounds, shuffle = None, [], np.random.default_rng(0)
+    table, rounds, shuffle = SCHEMA.empty_table(), [], np.random.default_rng(0)
     while (round := plan.next(table)) is not None:
         rounds.append(round)
-        rows = measured(world, round)
-        table = rows if table is None else pa.concat_tables([table, rows])
+        table = pa.concat_tables([table, measured(world, round)])
         table = table.take(shuffle.permutation(len(table)))
         assert len(rounds) < 20
     return rounds, table

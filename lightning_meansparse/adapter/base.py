@@ -124,7 +124,7 @@ class Fingerprint:
 def mark_measured(model: nn.Module) -> None:
     """Note in the model that the statistics it holds were measured on the weights it holds."""
     module = scope(model)
-    vars(module)[_MARK] = (Fingerprint.of(module), _statistics_hash(module))
+    vars(module)[_MARK] = (Fingerprint.of(module), statistics_hash(module))
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -145,9 +145,19 @@ def provenance(model: nn.Module) -> Provenance:
     """
     module = scope(model)
     mark: tuple[Fingerprint, str] | None = vars(module).get(_MARK)
-    if mark is None or mark[1] != _statistics_hash(module):
+    if mark is None or mark[1] != statistics_hash(module):
         return "unknown"
     return "fresh" if mark[0].matches(module) else "stale"
+
+
+def statistics_hash(model: nn.Module) -> str:
+    """Hash of the means and variances in a model's operators; equal for equal statistics."""
+    digest = hashlib.sha256()
+    for name, operator in operators(model).items():
+        digest.update(name.encode())
+        for value in (operator.mean, operator.var):
+            digest.update(_bytes(value.detach().cpu(), torch.float32))
+    return digest.hexdigest()
 
 
 def public_name(base: str) -> str:
@@ -205,15 +215,6 @@ def _widest(model: nn.Module) -> str:
     found = {str(v.dtype) for v in model.state_dict().values() if v.is_floating_point()}
     half = found.pop().removeprefix("torch.") if len(found) == 1 else ""
     return half if half in ("float16", "bfloat16") else "float32"
-
-
-def _statistics_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, operator in operators(model).items():
-        digest.update(name.encode())
-        for value in (operator.mean, operator.var):
-            digest.update(_bytes(value.detach().cpu(), torch.float32))
-    return digest.hexdigest()
 
 
 def _bytes(value: Tensor, dtype: torch.dtype) -> Any:

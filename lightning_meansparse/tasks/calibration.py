@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_meansparse.adapter import load_adapter
 from lightning_meansparse.adapter.base import mark_measured, provenance
 from lightning_meansparse.callback.batches import Counted, calibration_data
 from lightning_meansparse.classifier import Classifier
-from lightning_meansparse.layer import Center
-from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
     calibrate_,
@@ -27,29 +26,21 @@ from lightning_meansparse.surgery import (
 )
 from lightning_meansparse.tasks.ranks import summed
 
+if TYPE_CHECKING:
+    from lightning_meansparse.tasks.sweep import AlphaSweep
+
 _log = logging.getLogger(__name__)
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 
 
-def calibrated(
-    module: LightningModule,
-    *,
-    where: Where,
-    strict: bool,
-    statistics: Statistics,
-    center: Center,
-    max_batches: int | None,
-) -> dict[str, Any] | None:
-    """Insert and calibrate operators in `module.classifier`, unless it has sound ones.
+def calibrated(sweep: AlphaSweep, measured: Path | None) -> dict[str, Any] | None:
+    """Insert and calibrate operators in the classifier of a sweep, unless it has sound ones.
 
     Args:
-        module: Within a run of a trainer with a datamodule.
-        where: As for `find_sites`; names are relative to the network inside the classifier.
-        strict: As for `find_sites`.
-        statistics: As for `calibrate_`.
-        center: As for `sparsify_`.
-        max_batches: At most so many batches, over all ranks together.
+        sweep: Within a run of a trainer with a datamodule. Names of sites are relative to the
+            network inside the classifier.
+        measured: Adapter with the sites and statistics that an earlier run of it measured.
 
     Returns:
         Facts about the calibration; None if there was nothing to do.
@@ -57,13 +48,18 @@ def calibrated(
     Raises:
         RuntimeError: If there are no training images to calibrate on.
     """
-    classifier: Any = module.classifier
+    classifier = sweep.classifier
     found = operators(classifier)
+    if sweep.alphas == (0.0,) and not found:
+        return None  # the base model alone: nothing to sparsify
     if found and any(bool(op.var.any()) for op in found.values()):
         if provenance(classifier) != "stale":
             return None
         _log.warning("the weights have changed since the statistics were measured: once more")
-    datamodule: Any = getattr(module.trainer, "datamodule", None)
+    if measured is not None:
+        restore_(classifier)
+        return dict(load_adapter(classifier, measured).calibration or {})
+    datamodule: Any = getattr(sweep.trainer, "datamodule", None)
     if not hasattr(datamodule, "calibration_dataloader") and not (
         datamodule is not None and is_overridden("train_dataloader", datamodule)
     ):
@@ -72,20 +68,20 @@ def calibrated(
             "calibration_dataloader() or train_dataloader(), such as ImageDataModule, or the sweep "
             "an adapter"
         )
-    data = calibration_data(module.trainer, module, None, max_batches=max_batches)
+    data = calibration_data(sweep.trainer, sweep, None, max_batches=sweep.calibration_batches)
     if not found:
-        images = images_in(data.example())[:2].to(module.device)
-        sites = _sites(classifier, images, where, strict=strict)
-        sparsify_(classifier.model, sites, center=center)
+        images = images_in(data.example())[:2].to(sweep.device)
+        sites = _sites(classifier, images, sweep.where, strict=sweep.strict)
+        sparsify_(classifier.model, sites, center=sweep.center)
     _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
-    counted = Counted(data.batches())
+    counted = Counted(sweep.progress.through(data.batches(), "calibrating"))
     try:
-        calibrate_(classifier, counted, statistics=statistics)
+        calibrate_(classifier, counted, statistics=sweep.statistics)
     except BaseException:
         restore_(classifier)  # operators without statistics would pass for a sparsified model
         raise
     mark_measured(classifier)
-    images_seen = summed(torch.tensor(counted.images), module.device)
+    images_seen = summed(torch.tensor(counted.images), sweep.device)
     return {"data": data.origin, "images": int(images_seen)}
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_meansparse.adapter.base import fingerprint
 from lightning_meansparse.classifier import Classifier
-from lightning_meansparse.records import AlphaSummary, verdict
+from lightning_meansparse.records import AlphaSummary, environment, verdict
+from lightning_meansparse.tasks.samples import Samples, first_samples
+from lightning_meansparse.tasks.selection import Round
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
+
+_HASHED = 32
+"""Samples that are looked at of data without a fingerprint of their own."""
+
+_DIGITS = 16
 
 
 def about_data(datamodule: Any) -> dict[str, Any]:
@@ -46,6 +56,98 @@ def settings(sweep: AlphaSweep) -> dict[str, Any]:
     }
 
 
+def selection(sweep: AlphaSweep) -> dict[str, Any]:
+    """How a sweep chooses alpha: the method, and what it alone depends on."""
+    known: dict[str, dict[str, Any]] = {
+        "racing": {"screen": [spec.as_dict() for spec in sweep.screen]},
+        "clean_budget": {"clean_budget": sweep.clean_budget},
+    }
+    return {"method": sweep.select, **known.get(sweep.select, {})}
+
+
+def configuration(
+    sweep: AlphaSweep, split: str, loader: DataLoader[Any], samples: Samples
+) -> dict[str, Any]:
+    """Everything that decides the records of one split, the same on every rank."""
+    trainer = sweep.trainer
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    data = about_data(datamodule)
+    if data["fingerprint"] is None:
+        data["fingerprint"] = _hash(*first_samples(loader, _HASHED))
+    weights = fingerprint(sweep.classifier).hashes["float32"][:_DIGITS]
+    return {
+        "model": {
+            "name": about_model(sweep.classifier),
+            "weights": weights,
+            "statistics": sweep.given_statistics,
+        },
+        "data": {
+            split: {
+                **data,
+                "samples": len(samples),
+                "numbers": _hash(samples.order),
+                "batch_size": loader.batch_size,
+            }
+        },
+        **settings(sweep),
+        "alphas": list(sweep.alphas),
+        "select": selection(sweep),
+        "test_alphas": sweep.test_alphas,
+        "check_images": sweep.check_images,
+        "calibration": {
+            "where": where(sweep),
+            "center": sweep.center,
+            "statistics": sweep.statistics,
+            "batches": sweep.calibration_batches,
+            "images": getattr(datamodule, "calibration", None),
+        },
+        "save_examples": sweep.save_examples,
+        "processes": trainer.world_size,
+        "device": sweep.device.type,
+        "versions": environment()["versions"],
+    }
+
+
+def metadata(sweep: AlphaSweep) -> dict[str, Any]:
+    """What the records say about how they were measured."""
+    chosen = {} if sweep.chosen_alpha is None else {"chosen_alpha": sweep.chosen_alpha}
+    reason = {} if sweep.reason is None else {"reason": sweep.reason}
+    return {
+        "model": about_model(sweep.classifier),
+        "data": about_data(getattr(sweep.trainer, "datamodule", None)),
+        **settings(sweep),
+        "alphas": list(sweep.alphas),
+        "select": {**selection(sweep), **reason},
+        "rounds": sweep.rounds,
+        "where": where(sweep),
+        "statistics": sweep.statistics,
+        "center": sweep.center,
+        "calibration": sweep.calibration,
+        **chosen,
+        **environment(),
+        **sweep.notes,
+    }
+
+
+def about_rounds(sweep: AlphaSweep, rounds: Sequence[Round]) -> dict[str, Any]:
+    """How each round attacks."""
+    return {
+        round.name: {
+            "eps": sweep.eps if round.eps is None else round.eps,
+            "norm": sweep.norm,
+            "attacks": [spec.as_dict() for spec in round.attacks],
+        }
+        for round in rounds
+    }
+
+
+def where(sweep: AlphaSweep) -> str | list[str]:
+    """The places of the operators, as far as JSON can say it."""
+    if callable(sweep.where):
+        return f"a function, {getattr(sweep.where, '__qualname__', type(sweep.where).__name__)}"
+    return sweep.where if isinstance(sweep.where, str) else list(sweep.where)
+
+
 def result(summary: AlphaSummary) -> dict[str, Any]:
     """What an adapter says about its own alpha."""
     return {
@@ -58,30 +160,10 @@ def result(summary: AlphaSummary) -> dict[str, Any]:
     }
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """Make a folder and see that it can be written to, before hours of work.
-
-    Raises:
-        ValueError: Naming the option that asked for the folder.
-    """
-    probe = folder / f".writable.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"{name} must be a folder that can be written to, got {str(folder)!r}: "
-            f"{error.strerror or error}. Name another."
-        ) from error
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON file in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_text(json.dumps(content, allow_nan=False), "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:_DIGITS]

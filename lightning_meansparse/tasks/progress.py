@@ -4,53 +4,52 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lightning_meansparse.attacks import AttackSpec
+from lightning_meansparse.records import MAIN
+from lightning_meansparse.tasks.selection import Round
 
 _log = logging.getLogger(__name__)
 
 _EVERY = 30.0
 """Seconds between two lines in a log."""
 
+_T = TypeVar("_T")
+
 
 class SweepProgress:
-    """Shows split, batch, alpha, attack and time left.
+    """Shows split, round, samples, alpha, attack, model evaluations and the time left of the round.
 
-    The time left weighs attacks by their budgets: a sweep is one tenth done when a tenth of the
-    work is, not of the batches. In a terminal it replaces the trainer's own bar, which sees batches
-    only; elsewhere a line goes to the log at most every half minute.
+    The time left weighs attacks by their budgets: a round is one tenth done when a tenth of the
+    work is, not of the batches. Which rounds follow depends on what is found, so nobody knows more.
+    In a terminal it replaces the trainer's own bar, which sees batches only; elsewhere a line goes
+    to the log at most every half minute.
 
     Args:
-        attacks: The attacks that run at each alpha.
         console: Where to draw; None for stderr.
     """
 
-    def __init__(self, attacks: Sequence[AttackSpec], *, console: Console | None = None) -> None:
+    def __init__(self, *, console: Console | None = None) -> None:
         # Made when it is first needed: a console cannot be pickled, as spawned processes want.
         self.console = console
-        self.work = [1.0, *(_work(spec) for spec in attacks)]
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._hidden: ProgressBar | None = None
         self._shown = self._draws = False
-        self._done = 0.0
-        self._total = 0.0
-        self._step = 0
-        self._split = self._where = ""
-        self._batches = self._alphas = 0
+        self._title = self._where = ""
+        self._work: list[float] = []
+        self._alphas = 1
+        self._samples = self._passed = self._before = 0
+        self._batch = self._place = self._step = 0
+        self._evaluations = 0
         self._begun = self._told = 0.0
 
     def take_over(self, trainer: Trainer) -> None:
@@ -64,58 +63,80 @@ class SweepProgress:
             own.disable()
             self._hidden = own
 
-    def begin(self, split: str, batches: int, alphas: int) -> None:
-        """Start with one split."""
-        self._split, self._batches, self._alphas = split, batches, alphas
-        self._total, self._done = batches * alphas * sum(self.work), 0.0
-        self._begun = time.monotonic()
-        self._told = self._begun
-        if self._draws:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[now]}"),
-                console=self.console,
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(split, total=self._total, now="")
+    def through(self, batches: Iterable[_T], title: str) -> Iterator[_T]:
+        """Yield batches, and show how many went by."""
+        self._draw(title, len(batches) if isinstance(batches, Sized) else None)
+        for number, batch in enumerate(batches):
+            yield batch
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, completed=number + 1, left="", now="")
+        self.end()
 
-    def at(self, batch: int, place: int, alpha: float) -> None:
-        """Say which batch and alpha come next."""
-        self._done = (batch * self._alphas + place) * sum(self.work)
-        self._step = 0
-        self._where = f"batch {batch + 1}/{self._batches} · α = {alpha:g}"
+    def begin(self, split: str, round: Round, samples: int, before: int, evaluations: int) -> None:
+        """Start with one round.
+
+        Args:
+            split: Name of the split.
+            round: The round.
+            samples: How many samples it has on this rank.
+            before: How many of them were measured by an earlier run.
+            evaluations: Model evaluations spent on this split so far.
+        """
+        self._title = split if round.name == MAIN else f"{split} · {round.name}"
+        self._work = [1.0, *(work(spec) for spec in round.attacks)]
+        self._alphas = len(round.alphas)
+        self._samples, self._passed, self._before = samples, before, before
+        self._evaluations = evaluations
+        self._begun = self._told = time.monotonic()
+        self._draw(self._title, 1.0)
+
+    def at(self, images: int, place: int, alpha: float) -> None:
+        """Say that so many images come next, at this alpha, which has this place in the round."""
+        self._batch, self._place, self._step = images, place, 0
+        self._where = f"α = {alpha:g}"
 
     def tell(self, text: str) -> None:
         """Say which attack comes next; `evaluate` calls this before each."""
-        done = self._done + sum(self.work[: self._step])
+        whole = self._alphas * sum(self._work)
+        within = self._place * sum(self._work) + sum(self._work[: self._step])
         self._step += 1
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, now=f"{self._where} · {text}")
+        done = self._passed * whole + self._batch * within
+        share = done / (self._samples * whole)
         now = time.monotonic()
-        if self._shown and self._bar is None and now - self._told >= _EVERY:
+        fresh = share - self._before / self._samples
+        left = _duration((now - self._begun) * (1 - share) / fresh) if fresh > 0 else "unknown time"
+        text = (
+            f"{self._passed:,}/{self._samples:,} images · {self._where} · {text} · "
+            f"{_many(self._evaluations)} evaluations"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=share, left=left, now=text)
+        elif self._shown and now - self._told >= _EVERY:
             self._told = now
-            share = done / self._total
-            left = (now - self._begun) * (1 - share) / share if share else float("nan")
-            _log.info(
-                "%s: %.0f %%, about %s left (%s · %s)",
-                self._split,
-                100 * share,
-                _duration(left),
-                self._where,
-                text,
-            )
+            _log.info("%s: %.0f %%, about %s left (%s)", self._title, 100 * share, left, text)
+
+    def spent(self, evaluations: int) -> None:
+        """Add the model evaluations of what was just measured."""
+        self._evaluations += evaluations
+
+    def passed(self, images: int) -> None:
+        """Say that so many images are done at every alpha."""
+        self._passed += images
 
     def end(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
+
+    @contextmanager
+    def down_on_error(self) -> Iterator[None]:
+        """Leave the terminal as it was, also after Ctrl-C: Lightning calls no hook of ours then."""
+        try:
+            yield
+        except BaseException:
+            self.give_back()
+            raise
 
     def give_back(self) -> None:
         """Give the trainer its own bar back."""
@@ -124,8 +145,25 @@ class SweepProgress:
             self._hidden.enable()
         self._hidden = None
 
+    def _draw(self, title: str, total: float | None) -> None:
+        self.end()
+        if not self._draws:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            TextColumn("[dim]{task.fields[now]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=total, left="?", now="")
 
-def _work(spec: AttackSpec) -> float:
+
+def work(spec: AttackSpec) -> float:
     """Roughly how many forward passes an attack spends on a sample that withstands it."""
     options = spec.options
     passes = 0.0
@@ -141,9 +179,15 @@ def _work(spec: AttackSpec) -> float:
     return max(passes, 1.0)
 
 
+def _many(count: int) -> str:
+    """A count in three digits or so: 940, 12.3 k, 4.56 M."""
+    for size, unit in ((1_000_000, " M"), (1_000, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
 def _duration(seconds: float) -> str:
-    if seconds != seconds:
-        return "unknown time"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -10,25 +10,28 @@ from torch import Tensor
 
 
 def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
-    """Return the rows of all ranks on every rank, each sample once.
+    """Return one round's rows of all ranks on every rank, each sample once.
 
     Args:
-        table: This rank's records.
+        table: This rank's records; may be empty.
         device: Where this rank's tensors are.
     """
     # Bytes in a tensor, not gathered objects: nothing is unpickled, and every backend can do it.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    data = torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8).to(device)
-    sizes = [int(size) for size in _gathered(torch.tensor([len(data)], device=device))]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
-    tables = [
-        pa.ipc.open_stream(part[:size].cpu().numpy().tobytes()).read_all()
-        for part, size in zip(_gathered(padded), sizes, strict=True)
-    ]
+    parts = gathered(torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8), device)
+    tables = [pa.ipc.open_stream(part.numpy().tobytes()).read_all() for part in parts]
     return _each_sample_once(pa.concat_tables(tables))
+
+
+def gathered(tensor: Tensor, device: torch.device) -> list[Tensor]:
+    """Return a one-dimensional CPU tensor per rank, on every rank; lengths may differ."""
+    tensor = tensor.to(device)
+    sizes = [int(size) for size in _gathered(torch.tensor([len(tensor)], device=device))]
+    padded = tensor.new_zeros(max(sizes))
+    padded[: len(tensor)] = tensor
+    return [part[:size].cpu() for part, size in zip(_gathered(padded), sizes, strict=True)]
 
 
 def summed(tensor: Tensor, device: torch.device) -> Tensor:

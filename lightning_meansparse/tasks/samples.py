@@ -7,7 +7,8 @@ distributed sampler, whose padding repeats samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,60 @@ from torch.utils.data import (
 
 from lightning_meansparse.data.module import ImagePart
 from lightning_meansparse.surgery import images_in
+from lightning_meansparse.tasks.batches import images_and_labels
+from lightning_meansparse.tasks.ranks import gathered
+from lightning_meansparse.tasks.selection import Round
 
 _ASK = (
     "Give a DataLoader over a dataset with __len__ and __getitem__, with shuffle=False; "
     "ImageDataModule does."
 )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one split: which batch of this rank holds which, and their common order.
+
+    Attributes:
+        batches: Numbers of the samples of each batch on this rank, `(batch size,)` int64.
+        order: Numbers of the samples of all ranks, each once, `(n,)` int64. The first so many are
+            the same set for any number of ranks.
+    """
+
+    batches: Sequence[Tensor]
+    order: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of samples over all ranks."""
+        return len(self.order)
+
+    def rows(self, batch: int, round: Round) -> Tensor:
+        """Return which rows of a batch a round is about, `(m,)` int64."""
+        wanted = torch.isin(self.batches[batch], self.order[round.start : round.stop])
+        return wanted.nonzero().squeeze(1)
+
+
+def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
+    """Put the samples of all ranks into one order.
+
+    A distributed sampler that does not shuffle deals them one by one, as cards: of w ranks, rank r
+    gets samples r, r + w, r + 2w, … So they are taken back one by one.
+
+    Args:
+        batches: Numbers of the samples of each batch on this rank.
+        device: Where this rank's tensors are.
+
+    Examples:
+        >>> samples = dealt([torch.tensor([4, 2]), torch.tensor([7])], torch.device("cpu"))
+        >>> samples.order, samples.rows(0, Round("race-2", (0.0,), (), start=1, stop=2))
+        (tensor([4, 2, 7]), tensor([1]))
+    """
+    mine = torch.cat(list(batches)) if batches else torch.zeros(0, dtype=torch.int64)
+    hands = gathered(mine, device)
+    turns = range(max(map(len, hands)))
+    numbers = [int(hand[turn]) for turn in turns for hand in hands if turn < len(hand)]
+    # A dict keeps the first of equals: the sampler's padding repeats samples.
+    return Samples(batches, torch.tensor(list(dict.fromkeys(numbers)), dtype=torch.int64))
 
 
 def batch_indices(loader: Any) -> list[Tensor]:
@@ -50,10 +100,7 @@ def batch_indices(loader: Any) -> list[Tensor]:
         >>> batch_indices(DataLoader(TensorDataset(torch.zeros(5)), batch_size=2))
         [tensor([0, 1]), tensor([2, 3]), tensor([4])]
     """
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        loader = loader[0]
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"a sweep needs one DataLoader, got {type(loader).__name__}. {_ASK}")
+    loader = only_loader(loader)
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise TypeError(
             "a sweep needs samples with numbers and a loader that makes batches of them, got "
@@ -70,6 +117,36 @@ def batch_indices(loader: Any) -> list[Tensor]:
         numbers = torch.from_numpy(loader.dataset.rows)
     positions = [torch.tensor(batch, dtype=torch.int64) for batch in batches]
     return positions if numbers is None else [numbers[batch] for batch in positions]
+
+
+def only_loader(loader: Any) -> DataLoader[Any]:
+    """Return the one DataLoader that a trainer holds.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If there are several.
+    """
+    if isinstance(loader, list | tuple):
+        if len(loader) > 1:
+            raise ValueError(f"a sweep measures one data set, got {len(loader)} loaders")
+        loader = loader[0] if loader else None
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"a sweep needs one DataLoader, got {type(loader).__name__}. {_ASK}")
+    return loader
+
+
+def first_samples(loader: DataLoader[Any], count: int) -> tuple[Tensor, Tensor]:
+    """Return images and labels of the first samples of a loader's data set, the same on any rank.
+
+    Args:
+        loader: Over a data set with `__len__` and `__getitem__`.
+        count: At most so many.
+    """
+    dataset: Any = loader.dataset
+    places = list(range(min(count, len(dataset))))
+    many = getattr(dataset, "__getitems__", None)
+    items = [dataset[place] for place in places] if many is None else many(places)
+    return images_and_labels(loader.collate_fn(items))
 
 
 def _drawn(batch_sampler: Any) -> list[list[int]]:

@@ -60,7 +60,7 @@ class Round:
 class Plan(Protocol):
     """Says which round comes next."""
 
-    def next(self, table: pa.Table | None) -> Round | None:
+    def next(self, table: pa.Table) -> Round | None:
         """Return the next round, given the rows of all before it; None when all is measured."""
 
 
@@ -79,13 +79,14 @@ class Fixed:
     """Rounds that are known beforehand.
 
     Examples:
-        >>> Fixed((Round("main", (0.0, 0.2), ()),)).next(None).alphas
+        >>> from lightning_meansparse.records import SCHEMA
+        >>> Fixed((Round("main", (0.0, 0.2), ()),)).next(SCHEMA.empty_table()).alphas
         (0.0, 0.2)
     """
 
     rounds: tuple[Round, ...]
 
-    def next(self, table: pa.Table | None) -> Round | None:
+    def next(self, table: pa.Table) -> Round | None:
         """Return the first round without rows."""
         known = _names(table)
         return next((each for each in self.rounds if each.name not in known), None)
@@ -98,7 +99,7 @@ class Grid:
     alphas: tuple[float, ...]
     attacks: tuple[AttackSpec, ...]
 
-    def next(self, table: pa.Table | None) -> Round | None:
+    def next(self, table: pa.Table) -> Round | None:
         """Return the one round, once."""
         return Fixed((Round(MAIN, self.alphas, self.attacks),)).next(table)
 
@@ -187,7 +188,7 @@ class Racing:
         early = [self.samples // part for part in parts if self.samples // part >= FIRST]
         return (*early, self.samples)
 
-    def next(self, table: pa.Table | None) -> Round | None:
+    def next(self, table: pa.Table) -> Round | None:
         """Return the next race, the final, or None."""
         run, left = self._standing(table)
         if run < len(self.stops) and left:
@@ -217,10 +218,10 @@ class Racing:
         )
         return final if self.choice(table) else f"{final}, so alpha = 0, the base model, is chosen"
 
-    def _standing(self, table: pa.Table | None) -> tuple[int, tuple[float, ...]]:
+    def _standing(self, table: pa.Table) -> tuple[int, tuple[float, ...]]:
         """How many races were run, and which alphas are still in, the best first."""
         names = sorted(name for name in _names(table) if name.startswith("race-"))
-        if table is None or not names:
+        if not names:
             return 0, tuple(alpha for alpha in self.alphas if alpha)
         flags = _flags(table.filter(pc.is_in(table.column("round"), pa.array(names))))
         most = len(flags[0.0])  # who was dropped earlier has met fewer
@@ -255,7 +256,7 @@ class CleanBudget:
     alphas: tuple[float, ...]
     budget: float
 
-    def next(self, table: pa.Table | None) -> Round | None:
+    def next(self, table: pa.Table) -> Round | None:
         """Return a round for the alpha in the middle of what is undecided."""
         cost = _clean_cost(table)
         _, asked = self._search(cost)
@@ -337,8 +338,8 @@ def check_select(select: str, *, attacks: Sequence[AttackSpec], clean_budget: fl
         )
 
 
-def _names(table: pa.Table | None) -> set[str]:
-    return set() if table is None else set(pc.unique(table.column("round")).to_pylist())
+def _names(table: pa.Table) -> set[str]:
+    return set(pc.unique(table.column("round")).to_pylist())
 
 
 def _flags(table: pa.Table) -> dict[float, np.ndarray]:
@@ -354,10 +355,10 @@ def _paired(mine: np.ndarray, others: np.ndarray) -> Paired:
     return Paired(int((mine & ~others).sum()), int((others & ~mine).sum()), len(mine))
 
 
-def _clean_cost(table: pa.Table | None) -> dict[float, Paired]:
+def _clean_cost(table: pa.Table) -> dict[float, Paired]:
     """The change of clean accuracy at every alpha that a `clean-` round measured."""
     cost: dict[float, Paired] = {}
-    for name in [] if table is None else rounds(table, HELD_OUT):
+    for name in rounds(table, HELD_OUT):
         _, *others = summarize(table, split=HELD_OUT, round=name)
         cost |= {other.alpha: other.gain for other in others}
     return cost

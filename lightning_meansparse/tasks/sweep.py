@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,38 +13,48 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_meansparse.adapter import load_adapter, save_adapter
-from lightning_meansparse.attacks import (
-    AttackSpec,
-    BaseExamples,
-    check_norm,
-    evaluate,
-    parse_eps,
-    resolve_attacks,
-)
+from lightning_meansparse.adapter import load_adapter
+from lightning_meansparse.adapter.base import statistics_hash
+from lightning_meansparse.attacks import AttackSpec, check_norm, parse_eps, resolve_attacks
 from lightning_meansparse.classifier import Classifier, load_classifier
 from lightning_meansparse.layer import Center, check_alpha, check_center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.records import (
     HELD_OUT,
+    MAIN,
     TEST,
     AlphaSummary,
-    choose_alpha,
-    environment,
-    rows,
     summarize,
     verdict,
-    write_records,
 )
-from lightning_meansparse.surgery import alpha_set, operators, set_alpha
+from lightning_meansparse.surgery import operators, set_alpha
 from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.ascent import Norm
-from lightning_meansparse.tasks.batches import images_and_labels
+from lightning_meansparse.tasks.batches import Transferred, images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
+from lightning_meansparse.tasks.files import check_folder
+from lightning_meansparse.tasks.journal import Journal
+from lightning_meansparse.tasks.measuring import Measurement, check_rounds
 from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
-from lightning_meansparse.tasks.ranks import merged_table, summed
-from lightning_meansparse.tasks.samples import batch_indices, first_images
+from lightning_meansparse.tasks.ranks import summed
+from lightning_meansparse.tasks.results import judged, numbers, write_adapter, write_results
+from lightning_meansparse.tasks.samples import (
+    Samples,
+    batch_indices,
+    dealt,
+    first_images,
+    first_samples,
+    only_loader,
+)
+from lightning_meansparse.tasks.selection import (
+    Fixed,
+    Round,
+    Select,
+    Selection,
+    check_select,
+    strategy,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -56,18 +65,30 @@ class AlphaSweep(LightningModule):
     """Find out whether MeanSparse makes a classifier more robust, and at which alpha.
 
     `trainer.validate(sweep, datamodule=data)` calibrates the operators on training images without
-    augmentation, attacks every held-out image at every alpha, and chooses the alpha with the
-    largest worst-case gain over the base model (alpha = 0, always among them); when none gains, the
-    choice is 0. `trainer.test(sweep, datamodule=data)` then measures base and choice on the test
-    images, which have chosen nothing.
+    augmentation and chooses an alpha on held-out images; when none beats the base model (alpha = 0,
+    always among them), the choice is 0. `trainer.test(sweep, datamodule=data)` then measures base
+    and choice on the test images, which have chosen nothing, and checks the evaluation itself.
 
-    Each image is attacked at all alphas in a row: adaptive attacks start from the base model's
-    adversarial examples, which are made once. Every number is logged to every logger of the
-    trainer, per alpha: `clean_acc/alpha_0.2`, `robust_acc/<attack>/alpha_0.2` (after this attack
-    and all before it), `robust_acc/worst/alpha_0.2`, `gain/worst/alpha_0.2` (worst case minus that
-    of the base on the same images) and `gain/worst_se/alpha_0.2`; then `chosen_alpha`.
+    How alpha is chosen (`select`):
 
-    On several devices each image counts once, whatever a distributed sampler repeats.
+    - `"grid"`: every attack at every alpha on every image; the largest worst-case gain.
+    - `"racing"`: a cheap strong attack first, on few images, then more; what is worse by a paired
+      test is dropped. Base and the best alpha, if it gains, meet all attacks on all images.
+    - `"clean_budget"`: the largest alpha that costs at most `clean_budget` of clean accuracy, by
+      bisection; its robustness is not looked at before the test.
+    - `"apparent_robustness"`: the largest accuracy under attacks that follow the exact gradient.
+      **Unsafe**: the operator blocks that gradient, so this picks what is masked best. For
+      comparison with published numbers only.
+
+    Every number is logged to every logger of the trainer, per alpha: `clean_acc/alpha_0.2`,
+    `robust_acc/<attack>/alpha_0.2` (after this attack and all before it),
+    `robust_acc/worst/alpha_0.2`, `gain/worst/alpha_0.2` (worst case minus that of the base on the
+    same images) and `gain/worst_se/alpha_0.2`; those of other rounds than `main` with the name of
+    the round before them, `race-1/…`; then `chosen_alpha`.
+
+    With `output` the sweep can be killed at any moment: the same one, started again, loses at most
+    the batch in progress and ends with the same records. One that differs is refused. On several
+    devices each image counts once; all of them must see the same folder.
 
     Args:
         model: A classifier of pixels in [0, 1], or whatever `load_classifier` takes. One that is
@@ -76,6 +97,9 @@ class AlphaSweep(LightningModule):
         attacks: Suite, name, class path, dictionary, or a list of these; see `resolve_attacks`.
         eps: Radius of the ball in pixel units, a number or text such as `"8/255"`.
         norm: `"Linf"` or `"L2"`.
+        select: How alpha is chosen, see above.
+        screen: With `"racing"`: the attacks of the races.
+        clean_budget: With `"clean_budget"`: clean accuracy that may be lost, 0.01 is one point.
         where: Sites, see `find_sites`.
         strict: Whether activations that cannot be reached are an error, or a warning.
         adapter: Folder or Hub id of an adapter; its sites and statistics are used, and nothing is
@@ -84,14 +108,19 @@ class AlphaSweep(LightningModule):
         center: What a replaced value becomes; see `MeanSparse`.
         calibration_batches: Calibrate on at most so many batches; None for all that the data give.
         test_alphas: What `trainer.test` measures beside the base: the `"chosen"` alpha, or `"all"`.
+        check_images: Run the checks of the evaluation on the first so many test images, at every
+            alpha measured there; 0 for none.
         output: Folder for records.parquet, sites.json and adapter/; None writes nothing.
+        save_examples: Keep the adversarial examples, too, in output/examples/.
         seed: Of all noise in the attacks.
 
     Attributes:
         classifier: The sparsified `Classifier`; after `validate` at the chosen alpha.
         alphas: All alphas, ascending, with 0.
         chosen_alpha: What `validate` chose; None before.
-        summaries: Per split (`"held-out"`, `"test"`) one `AlphaSummary` per alpha.
+        reason: How it was chosen, in words; None before.
+        summaries: Per split (`"held-out"`, `"test"`) one `AlphaSummary` per alpha of the round
+            `main`; a split without that round is left out.
         notes: Anything to keep in the records' metadata, such as the command.
 
     Raises:
@@ -109,9 +138,12 @@ class AlphaSweep(LightningModule):
         model: nn.Module | str,
         *,
         alphas: Sequence[float] = (0.1, 0.2, 0.3, 0.4),
-        attacks: Attacks = "basic",
+        attacks: Attacks = "full",
         eps: float | str,
         norm: Norm = "Linf",
+        select: Select = "grid",
+        screen: Attacks = "quick",
+        clean_budget: float = 0.01,
         where: Where = "activations",
         strict: bool = True,
         adapter: str | Path | None = None,
@@ -119,7 +151,9 @@ class AlphaSweep(LightningModule):
         center: Center = "channel",
         calibration_batches: int | None = None,
         test_alphas: Literal["chosen", "all"] = "chosen",
+        check_images: int = 64,
         output: str | Path | None = None,
+        save_examples: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -129,35 +163,49 @@ class AlphaSweep(LightningModule):
         check_center(center)
         if test_alphas not in ("chosen", "all"):
             raise ValueError(f"test_alphas must be 'chosen' or 'all', got {test_alphas!r}")
-        if calibration_batches is not None and calibration_batches < 1:
-            raise ValueError(
-                f"calibration_batches must be None or at least 1, got {calibration_batches}"
-            )
+        for name, count, least in (
+            ("calibration_batches", calibration_batches, 1),
+            ("check_images", check_images, 0),
+        ):
+            if count is not None and count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
+        if save_examples and output is None:
+            raise ValueError("save_examples needs a folder to write to: give output, too")
         self.alphas = tuple(sorted({0.0, *(abs(float(alpha)) for alpha in alphas)}))
         self.attacks = resolve_attacks(attacks)
         self.eps = parse_eps(eps, norm)
         self.norm = norm
+        check_select(select, attacks=self.attacks, clean_budget=clean_budget)
+        self.select = select
+        self.screen = resolve_attacks(screen)
+        self.clean_budget = clean_budget
         self.where = where
         self.strict = strict
         self.statistics = statistics
-        self.center = center
         self.calibration_batches = calibration_batches
         self.test_alphas = test_alphas
+        self.check_images = check_images
         self.output = None if output is None else Path(output)
+        self.save_examples = save_examples
         self.seed = seed
         self.classifier = _classifier(model)
-        self._calibration: dict[str, Any] = {}
+        self.calibration: dict[str, Any] = {}
         if adapter is not None:
             loaded = load_adapter(self.classifier, adapter)
-            self.statistics, self.center = loaded.statistics, loaded.center
-            self._calibration = dict(loaded.calibration or {})
-        self.progress = SweepProgress(self.attacks)
+            self.statistics = loaded.statistics
+            self.calibration = dict(loaded.calibration or {})
+        given = operators(self.classifier)
+        self.center = next(iter(given.values())).center if given else center
+        self.given_statistics = statistics_hash(self.classifier) if given else None
+        self.progress = SweepProgress()
         self.chosen_alpha: float | None = None
+        self.reason: str | None = None
         self.summaries: dict[str, list[AlphaSummary]] = {}
+        self.rounds: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._records: dict[str, pa.Table] = {}
-        self._tables: list[pa.Table] = []
-        self._indices: list[Tensor] = []
+        self._selection: Selection
+        self._measurement: Measurement
         self._occupancy: Occupancy | None = None
         self._sites: dict[str, Any] | None = None
 
@@ -180,17 +228,17 @@ class AlphaSweep(LightningModule):
     @property
     def verdict(self) -> str:
         """One plain sentence about the chosen alpha, from the test images where there are any."""
-        split = TEST if TEST in self.summaries else HELD_OUT
-        chosen = self.chosen_alpha
-        found = [s for s in self.summaries.get(split, []) if s.alpha == chosen]
-        if not found:
+        if self.chosen_alpha is None:
             raise RuntimeError("nothing is chosen yet: run trainer.validate(sweep, ...) first")
-        return verdict(found[0])
+        known = judged(self)
+        return f"Not judged: {self.reason}." if known is None else verdict(known)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what the records say about how they were measured."""
+        return facts.metadata(self)
 
     def setup(self, stage: str) -> None:
         """Show a progress bar that knows alphas and attacks, not only batches."""
-        if self.output is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            facts.check_folder(self.output, "output")
         self.progress.take_over(self.trainer)
 
     def teardown(self, stage: str) -> None:
@@ -201,26 +249,38 @@ class AlphaSweep(LightningModule):
 
     def on_validation_start(self) -> None:
         """Insert and calibrate the operators, unless the model came with them."""
-        self._begin(HELD_OUT, self.trainer.val_dataloaders, self.trainer.num_val_batches)
-        # Tensors made under inference mode could never be differentiated again.
-        with torch.inference_mode(False), torch.no_grad(), self._bars_down_on_error():
-            self._calibrate()
-        self._occupancy = Occupancy(
-            self.classifier, self.alphas, rename=lambda name: name.removeprefix("model.")
+        samples, journal = self._begin(
+            HELD_OUT, self.trainer.val_dataloaders, self.trainer.num_val_batches
         )
-        self.progress.begin(HELD_OUT, int(self.trainer.num_val_batches[0]), len(self.alphas))
+        self._selection = strategy(
+            self.select,
+            alphas=self.alphas,
+            attacks=self.attacks,
+            screen=self.screen,
+            clean_budget=self.clean_budget,
+            samples=len(samples),
+        )
+        self._measurement = Measurement(self, self._selection, HELD_OUT, samples, journal)
+        self._occupancy = None
+        if operators(self.classifier) and self._measurement.round is not None:
+            self._occupancy = Occupancy(
+                self.classifier, self.alphas, rename=lambda name: name.removeprefix("model.")
+            )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Attack one batch at every alpha."""
-        images = self._measure(batch, batch_idx, HELD_OUT, self.alphas)
-        if self._occupancy is not None and operators(self.classifier):
+        """Measure what the first round wants of one batch, at every alpha."""
+        images = self._add(batch, batch_idx)
+        if self._occupancy is not None:
             self._occupancy.update(self.classifier, images)
 
     def on_validation_epoch_end(self) -> None:
-        """Choose alpha, log, and write what is known so far."""
-        self._finish(HELD_OUT)
-        self.chosen_alpha = choose_alpha(self.summaries[HELD_OUT])
+        """Measure the rounds that follow, choose alpha, log, and write."""
+        table = self._finish(HELD_OUT, self.trainer.val_dataloaders)
+        self.chosen_alpha = self._selection.choice(table)
+        self.reason = self._selection.reason(table)
         self._log_exactly("chosen_alpha", self.chosen_alpha)
+        unsafe = self.select == "apparent_robustness"
+        _log.log(logging.WARNING if unsafe else logging.INFO, "%s", self.reason)
         if operators(self.classifier):
             set_alpha(self.classifier, self.chosen_alpha)
             self._describe_sites()
@@ -234,101 +294,82 @@ class AlphaSweep(LightningModule):
         Raises:
             RuntimeError: If nothing has been chosen or calibrated.
         """
-        if self.chosen_alpha is None and self.test_alphas == "chosen":
+        samples, journal = self._begin(
+            TEST, self.trainer.test_dataloaders, self.trainer.num_test_batches
+        )
+        alphas = self.alphas
+        if self.test_alphas == "chosen" and self.chosen_alpha is not None:
+            alphas = tuple(sorted({0.0, self.chosen_alpha}))
+        images, _ = first_samples(only_loader(self.trainer.test_dataloaders), 1)
+        checks = check_rounds(
+            alphas, self.check_images, eps=self.eps, norm=self.norm, shape=images.shape[1:]
+        )
+        plan = Fixed((Round(MAIN, alphas, self.attacks), *checks))
+        self._measurement = Measurement(self, plan, TEST, samples, journal)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Attack one batch at the alphas that are reported."""
+        self._add(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Check the evaluation, log the test split, and write everything."""
+        self._finish(TEST, self.trainer.test_dataloaders)
+        self._write()
+
+    # ----------------------------------------------------------------------------- what both do
+
+    def _begin(
+        self, split: str, loader: Any, batches: Sequence[int | float]
+    ) -> tuple[Samples, Journal]:
+        """Compare the output with what is asked for, and calibrate, before anything is measured."""
+        only = only_loader(loader)
+        samples = dealt(batch_indices(only)[: int(batches[0])], self.device)
+        dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        journal = Journal(None if dry else self.output, self.trainer.global_rank)
+        if not dry:
+            journal.open(facts.configuration(self, split, only, samples), split)
+        known = journal.metadata
+        self.rounds = {**known.get("rounds", {}), **self.rounds}
+        if self.chosen_alpha is None and "chosen_alpha" in known:
+            self.chosen_alpha, self.reason = known["chosen_alpha"], known["select"]["reason"]
+        if split == TEST and self.test_alphas == "chosen" and self.chosen_alpha is None:
             raise RuntimeError(
                 "no alpha is chosen yet: run trainer.validate(sweep, ...) before trainer.test, or "
                 "set test_alphas='all' to measure every alpha without a choice"
             )
-        self._begin(TEST, self.trainer.test_dataloaders, self.trainer.num_test_batches)
-        with torch.inference_mode(False), torch.no_grad(), self._bars_down_on_error():
-            self._calibrate()
-        self.progress.begin(
-            TEST, int(self.trainer.num_test_batches[0]), len(self._alphas_to_test())
-        )
+        if journal.folder is not None:
+            check_folder(journal.folder, "output")
+        self.trainer.strategy.barrier("alpha_sweep")  # every rank has read before one writes
+        journal.begin(self.notes)
+        # Tensors made under inference mode could never be differentiated again.
+        with torch.inference_mode(False), torch.no_grad(), self.progress.down_on_error():
+            found = calibrated(self, journal.adapter)
+        if found is not None:
+            self.calibration = found
+            if journal.adapter is None and journal.folder is not None and journal.rank == 0:
+                write_adapter(self, journal.folder)
+        journal.about = self.metadata()
+        return samples, journal
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Attack one batch at the alphas that are reported."""
-        self._measure(batch, batch_idx, TEST, self._alphas_to_test())
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test split, and write everything."""
-        self._finish(TEST)
-        self._write()
-
-    def _alphas_to_test(self) -> tuple[float, ...]:
-        if self.test_alphas == "all" or self.chosen_alpha is None:
-            return self.alphas
-        return tuple(sorted({0.0, self.chosen_alpha}))
-
-    # ----------------------------------------------------------------------------- what both do
-
-    def _begin(self, split: str, loader: Any, batches: Sequence[int | float]) -> None:
-        if isinstance(loader, list | tuple) and len(loader) > 1:
-            raise ValueError(
-                f"a sweep measures one data set, got {len(loader)} loaders for the {split} images"
-            )
-        self._indices = batch_indices(loader)
-        self._tables = []
-
-    def _calibrate(self) -> None:
-        if self.alphas == (0.0,) and not operators(self.classifier):
-            return  # the base model alone: nothing to sparsify
-        measured = calibrated(
-            self,
-            where=self.where,
-            strict=self.strict,
-            statistics=self.statistics,
-            center=self.center,
-            max_batches=self.calibration_batches,
-        )
-        self._calibration = measured or self._calibration
-        self.center = next(iter(operators(self.classifier).values())).center
-
-    def _measure(self, batch: Any, batch_idx: int, split: str, alphas: tuple[float, ...]) -> Tensor:
+    def _add(self, batch: Any, number: int) -> Tensor:
         images, labels = images_and_labels(batch)
-        base = BaseExamples()
-        with self._bars_down_on_error():
-            for place, alpha in enumerate(alphas):
-                self.progress.at(batch_idx, place, alpha)
-                with alpha_set(self.classifier, alpha):
-                    evaluation = evaluate(
-                        self.classifier,
-                        images,
-                        labels,
-                        attacks=self.attacks,
-                        eps=self.eps,
-                        norm=self.norm,
-                        seed=self.seed,
-                        indices=self._indices[batch_idx],
-                        base=base,
-                        progress=self.progress.tell,
-                    )
-                self._tables.append(rows(evaluation, alpha=alpha, split=split))
+        with self.progress.down_on_error():
+            self._measurement.add(number, images, labels)
         return images
 
-    @contextmanager
-    def _bars_down_on_error(self) -> Iterator[None]:
-        """Leave the terminal as it was, also after Ctrl-C: Lightning calls no hook of ours then."""
-        try:
-            yield
-        except BaseException:
-            self.progress.give_back()
-            raise
-
-    def _finish(self, split: str) -> None:
-        """Merge the ranks' rows, each sample once, and log what they say."""
-        self.progress.end()
-        table = merged_table(pa.concat_tables(self._tables), self.device)
-        self._records[split] = table
-        self.summaries[split] = summarize(table, split=split)
-        for summary in self.summaries[split]:
-            at = f"alpha_{summary.alpha:g}"
-            self._log_exactly(f"clean_acc/{at}", summary.clean.value)
-            for attack, share in summary.robust.items():
-                self._log_exactly(f"robust_acc/{attack}/{at}", share.value)
-            self._log_exactly(f"robust_acc/worst/{at}", summary.worst.value)
-            self._log_exactly(f"gain/worst/{at}", summary.gain.value)
-            self._log_exactly(f"gain/worst_se/{at}", summary.gain.se)
+    def _finish(self, split: str, loader: Any) -> pa.Table:
+        """Carry out the rounds that are left, and log what all of them say."""
+        run, batches = self._measurement, Transferred(self.trainer, only_loader(loader))
+        with self.progress.down_on_error():
+            table = self._records[split] = run.complete(batches)
+        self.rounds[split] = facts.about_rounds(self, run.rounds)
+        for round in run.rounds:
+            summaries = summarize(table, split=split, round=round.name)
+            if round.name == MAIN:
+                self.summaries[split] = summaries
+            for name, value in numbers(round.name, summaries):
+                self._log_exactly(name, value)
+        return table
 
     def _log_exactly(self, name: str, value: float) -> None:
         # All ranks hold the same merged number; the largest of equals is it, a mean may round.
@@ -342,50 +383,13 @@ class AlphaSweep(LightningModule):
         shown = self.chosen_alpha or self.alphas[len(self.alphas) // 2]
         histogram = None
         if shown and self.trainer.is_global_zero:
-            histogram = self._occupancy.histogram(
-                self.classifier, first_images(self.trainer.val_dataloaders, self.device), shown
-            )
+            images = first_images(self.trainer.val_dataloaders, self.device)
+            histogram = self._occupancy.histogram(self.classifier, images, shown)
         self._sites = self._occupancy.content(histogram)
 
     def _write(self) -> None:
-        if self.output is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self.trainer.is_global_zero:
-            self._write_into(self.output)
+        write_results(self, self._measurement, self._sites)
         self.trainer.strategy.barrier("alpha_sweep")
-
-    def _write_into(self, folder: Path) -> None:
-        write_records(self._records.values(), folder / "records.parquet", self.metadata())
-        if self._sites is not None:
-            facts.write_json(self._sites, folder / "sites.json")
-        if not operators(self.classifier):
-            return
-        split = TEST if TEST in self.summaries else HELD_OUT
-        judged = [s for s in self.summaries[split] if s.alpha == self.chosen_alpha]
-        save_adapter(
-            self.classifier,
-            folder / "adapter",
-            statistics=self.statistics,
-            calibration=self._calibration or None,
-            evaluation={**facts.settings(self), **facts.result(judged[0])} if judged else None,
-        )
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what the records say about how they were measured."""
-        chosen = {} if self.chosen_alpha is None else {"chosen_alpha": self.chosen_alpha}
-        return {
-            "model": facts.about_model(self.classifier),
-            "data": facts.about_data(getattr(self.trainer, "datamodule", None)),
-            **facts.settings(self),
-            "alphas": list(self.alphas),
-            "where": "a function" if callable(self.where) else self.where,
-            "statistics": self.statistics,
-            "center": self.center,
-            "calibration": self._calibration,
-            **chosen,
-            **environment(),
-            **self.notes,
-        }
 
 
 def _classifier(model: nn.Module | str) -> Classifier:

@@ -22,7 +22,7 @@ from lightning_meansparse.attacks import parse_eps
 from lightning_meansparse.classifier import Classifier, load_classifier, save_classifier
 from lightning_meansparse.tasks.ascent import Norm, Start, ascend, held, seeded
 from lightning_meansparse.tasks.batches import images_and_labels
-from lightning_meansparse.tasks.facts import check_folder
+from lightning_meansparse.tasks.files import check_folder
 
 Method = Literal["pgd", "trades", "none"]
 

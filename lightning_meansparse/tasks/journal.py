@@ -1,0 +1,259 @@
+"""What a sweep keeps in its folder while it runs, so that it can be killed at any moment and go on.
+
+`sweep.json` says what is measured, and is there before anything else. `parts/` holds one file per
+batch of a round, with its rows at all alphas: alphas share work inside a batch, so a batch is what
+is lost at most. A finished split goes to `records.parquet`, and its parts go away. Each file is
+there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
+from lightning_meansparse.records import read_records, write_records
+from lightning_meansparse.tasks.files import write_file, write_json
+from lightning_meansparse.tasks.selection import Round
+
+_log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIGURATION = "sweep.json"
+RECORDS = "records.parquet"
+SITES = "sites.json"
+ADAPTER = "adapter"
+_PARTS = "parts"
+_EXAMPLES = "examples"
+_TEMPORARY = re.compile(
+    r"\.(sweep\.json|records\.parquet|sites\.json|meansparse.*|writable"
+    r"|.*-\d+-\d+\.(parquet|safetensors))\.\d+\.tmp"
+)
+
+
+class Journal:
+    """The folder of one sweep, as one process sees it. All processes must see the same folder.
+
+    Args:
+        folder: The sweep's output; None keeps nothing and knows nothing.
+        rank: Number of this process.
+
+    Attributes:
+        going_on: Whether the folder holds an earlier run of the same sweep.
+        records: The rows of its finished splits, or None; `metadata` are theirs.
+        about: What every part says about how it was measured, for who reads an unfinished sweep.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.going_on = False
+        self.records: pa.Table | None = None
+        self.metadata: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        self._configuration: dict[str, Any] = {}
+        self._digest = ""
+
+    def open(self, configuration: Mapping[str, Any], split: str) -> None:
+        """Compare the folder with what is to be measured now; write nothing.
+
+        Args:
+            configuration: JSON values. `configuration["data"]` holds one entry per split; those
+                that only one side has are not compared.
+            split: The one that comes next.
+
+        Raises:
+            ValueError: If the folder holds a sweep of another configuration, or files of which
+                nobody can tell.
+        """
+        if self.folder is None:
+            return
+        new = json.loads(json.dumps(configuration, allow_nan=False))
+        old = self._known(self.folder)
+        self.going_on = old is not None
+        if old is not None:
+            compared = {k: old["data"].get(k, new["data"][k]) for k in new["data"]}
+            if changes := list(_changes("", {**old, "data": compared}, new)):
+                raise ValueError(
+                    f"output {str(self.folder)!r} holds a sweep that was begun otherwise: "
+                    f"{'; '.join(changes)}. Name another output, or delete this folder to begin "
+                    "anew."
+                )
+            new["data"] = {**old["data"], **new["data"]}
+            self._read_records(self.folder / RECORDS)
+        self._configuration = new
+        identity = {**new, "data": new["data"][split]}
+        self._digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def begin(self, notes: Mapping[str, Any]) -> None:
+        """Write what is measured, with notes that decide nothing."""
+        if self.folder is not None and self.rank == 0:
+            content = {"format_version": FORMAT_VERSION, "notes": dict(notes)}
+            write_json({**content, **self._configuration}, self.folder / CONFIGURATION)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder with the statistics that an earlier run of this sweep measured, if it did."""
+        if self.folder is None or not self.going_on:
+            return None
+        return self.folder / ADAPTER if (self.folder / ADAPTER / CONFIG_NAME).exists() else None
+
+    def finished(self, split: str, round: Round) -> pa.Table | None:
+        """Return the rows of a round of a finished split."""
+        if self.records is None:
+            return None
+        rows = self.records.filter((pc.field("split") == split) & (pc.field("round") == round.name))
+        return rows if _alphas(rows) == round.alphas else None
+
+    def elsewhere(self, split: str) -> list[pa.Table]:
+        """Return the rows of the other splits that are finished, if there are any."""
+        return [] if self.records is None else [self.records.filter(pc.field("split") != split)]
+
+    def part(self, split: str, round: Round, batch: int) -> pa.Table | None:
+        """Return the rows of one batch, if they were measured before; warn of a damaged file."""
+        path = self._path(_PARTS, "parquet", split, round, batch)
+        if path is None or not path.exists():
+            return None
+        try:
+            rows, metadata = read_records(path)
+        except (ValueError, OSError) as error:
+            _log.warning("measuring a batch again: %s", error)
+            return None
+        ours = self._mark(path).items() <= metadata.items()
+        if not ours or _alphas(rows) != round.alphas:
+            _log.warning("measuring a batch again: %s belongs to another sweep", path)
+            return None
+        return rows
+
+    def keep(
+        self,
+        rows: pa.Table,
+        split: str,
+        round: Round,
+        batch: int,
+        examples: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the rows of one batch, after its adversarial examples if there are any."""
+        path = self._path(_PARTS, "parquet", split, round, batch)
+        beside = self._path(_EXAMPLES, "safetensors", split, round, batch)
+        if path is None or beside is None:
+            return
+        if examples:
+            write_file(save({k: v.contiguous() for k, v in examples.items()}), beside)
+        write_records(rows, path, {**self.about, **self._mark(path)})
+
+    def close(self, split: str) -> None:
+        """Remove the parts of a split that is in the records, and what kills have left behind."""
+        if self.folder is None or self.rank:
+            return
+        parts = self.folder / _PARTS
+        left = [path for path in self.folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+        for path in (*parts.glob(f"{split}-*.parquet"), *left):
+            path.unlink(missing_ok=True)
+        if parts.is_dir() and not any(parts.iterdir()):
+            parts.rmdir()
+
+    def _path(self, room: str, suffix: str, split: str, round: Round, batch: int) -> Path | None:
+        if self.folder is None:
+            return None
+        # No colon, which some file systems cannot write.
+        name = f"{split}-{round.name.replace(':', '-')}-{batch:05d}-{self.rank}"
+        return self.folder / room / f"{name}.{suffix}"
+
+    def _mark(self, path: Path) -> dict[str, str]:
+        """What a part says about itself: nobody else's is taken for ours, whatever its name."""
+        return {"sweep": self._digest, "part": path.name}
+
+    def _known(self, folder: Path) -> dict[str, Any] | None:
+        """The configuration that the folder was begun with."""
+        path = folder / CONFIGURATION
+        if not path.exists():
+            others = [folder / RECORDS, folder / SITES, folder / ADAPTER / CONFIG_NAME]
+            if found := [str(other.relative_to(folder)) for other in others if other.exists()]:
+                raise ValueError(
+                    f"output {str(folder)!r} holds {', '.join(found)} and no {CONFIGURATION}, so "
+                    "nobody can tell what was measured there, and a sweep would overwrite it. "
+                    "Name another output, or delete this folder."
+                )
+            return None
+        content = _read_json(path)
+        if content is None or content.pop("format_version", None) != FORMAT_VERSION:
+            raise ValueError(
+                f"{str(path)!r} is damaged or of another version of lightning_meansparse. Name "
+                "another output, or delete this folder to begin anew."
+            )
+        content.pop("notes", None)
+        return content
+
+    def _read_records(self, path: Path) -> None:
+        if not path.exists():
+            return
+        try:
+            self.records, self.metadata = read_records(path)
+        except (ValueError, OSError) as error:
+            _log.warning("measuring everything again: %s", error)
+
+
+def clear(folder: Path, *, command: str) -> None:
+    """Remove what an earlier sweep of the same command wrote into a folder, and nothing else.
+
+    Args:
+        folder: The output of the sweep; need not exist.
+        command: The `"command"` in the notes of a sweep that may be removed.
+    """
+    content = _read_json(folder / CONFIGURATION) or {}
+    notes = content.get("notes")
+    if not isinstance(notes, dict) or notes.get("command") != command:
+        return
+    written = [folder / RECORDS, folder / SITES]
+    written += [folder / ADAPTER / name for name in (CONFIG_NAME, TENSORS_NAME)]
+    written += [*(folder / _PARTS).glob("*.parquet"), *(folder / _EXAMPLES).glob("*.safetensors")]
+    # The configuration last: without it nobody could tell whose the rest is.
+    for path in (*written, folder / CONFIGURATION):
+        path.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _alphas(rows: pa.Table) -> tuple[float, ...]:
+    return tuple(sorted(pc.unique(rows.column("alpha")).to_pylist()))
+
+
+def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
+    """Every value that differs between two JSON values, with its name, before and after."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            yield from _changes(f"{name}.{key}" if name else key, old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and _titles(old) == _titles(new) != []:
+        for title, before, after in zip(_titles(old), old, new, strict=True):
+            yield from _changes(f"{name}[{title}]", before, after)
+    elif old != new:
+        yield f"{name} was {_short(old)}, is {_short(new)}"
+
+
+def _titles(values: list[Any]) -> list[str]:
+    """Names of attacks."""
+    named = all(isinstance(value, dict) and "name" in value for value in values)
+    return [value["name"] for value in values] if named else []
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and (titles := _titles(value)):
+        value = titles
+    return json.dumps(value, ensure_ascii=False)

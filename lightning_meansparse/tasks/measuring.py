@@ -1,0 +1,192 @@
+"""One split of a sweep: its rounds one after the other, each batch once, all ranks together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+
+from lightning_meansparse.attacks import CHECKS, BaseExamples, check_eps, evaluate
+from lightning_meansparse.records import SCHEMA, rows
+from lightning_meansparse.surgery import alpha_set
+from lightning_meansparse.tasks.journal import Journal
+from lightning_meansparse.tasks.ranks import merged_table
+from lightning_meansparse.tasks.samples import Samples
+from lightning_meansparse.tasks.selection import Plan, Round
+
+if TYPE_CHECKING:
+    from lightning_meansparse.tasks.sweep import AlphaSweep
+
+_log = logging.getLogger(__name__)
+
+Measured = tuple[pa.Table, dict[str, Tensor]]
+"""Rows of one batch at all alphas of a round, and its adversarial examples if they are kept."""
+
+
+class Measurement:
+    """Carries out a plan on one split of a sweep.
+
+    Batches go in as the trainer's loader gives them, again and again until `round` is None. What
+    the journal holds is not measured again. Between rounds, and only there, the ranks meet: the
+    plan sees the rows of all.
+
+    Args:
+        sweep: Says how to attack, and what.
+        plan: Says what to measure.
+        split: Name of the split.
+        samples: Of the split.
+        journal: Where rows are kept and found.
+
+    Attributes:
+        round: The current round; None when all is measured.
+        rounds: All rounds so far, with the current one.
+        fresh: Whether anything had to be measured that was not in the records.
+    """
+
+    def __init__(
+        self, sweep: AlphaSweep, plan: Plan, split: str, samples: Samples, journal: Journal
+    ) -> None:
+        self.sweep = sweep
+        self.plan = plan
+        self.split = split
+        self.samples = samples
+        self.journal = journal
+        self.rounds: list[Round] = []
+        self.fresh = False
+        self._merged: list[pa.Table] = []
+        self._parts: dict[int, pa.Table] = {}
+        self._todo: dict[int, Tensor] = {}
+        self.round: Round | None = None
+        self._advance()
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows of all finished rounds, of all ranks."""
+        return pa.concat_tables([SCHEMA.empty_table(), *self._merged])
+
+    def add(self, batch: int, images: Tensor, labels: Tensor) -> None:
+        """Measure what the current round wants of a batch, unless it is measured already."""
+        wanted = self._todo.get(batch)
+        if self.round is None or wanted is None:
+            return
+        indices = self.samples.batches[batch][wanted]
+        here = wanted.to(images.device)
+        table, examples = self._attack(images[here], labels[here], indices, self.round)
+        self.journal.keep(table, self.split, self.round, batch, examples)
+        self._parts[batch] = table
+        del self._todo[batch]
+        self.sweep.progress.passed(len(wanted))
+
+    def complete(self, batches: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:
+        """Finish the current round, which has met every batch, and carry out all that follow.
+
+        Args:
+            batches: Images and labels of every batch on this rank; gone through once per round, as
+                far as it has something to measure.
+
+        Returns:
+            The rows of all rounds, of all ranks.
+        """
+        while self.round is not None:
+            for number, (images, labels) in enumerate(batches if self._todo else ()):
+                self.add(number, images, labels)
+                if not self._todo:
+                    break
+            self.sweep.progress.end()
+            mine = [self._parts[batch] for batch in sorted(self._parts)]
+            rows = pa.concat_tables([SCHEMA.empty_table(), *mine])
+            self._merged.append(merged_table(rows, self.sweep.device))
+            self._advance()
+        return self.table
+
+    def _advance(self) -> None:
+        while (round := self.plan.next(self.table)) is not None:
+            self.rounds.append(round)
+            known = self.journal.finished(self.split, round)
+            if known is None:
+                self._open(round)
+                break
+            self._merged.append(known)
+        self.round = round
+        if round is None and not self.fresh and self.journal.rank == 0:
+            _log.info("%s: everything is in the records, nothing is measured again", self.split)
+
+    def _open(self, round: Round) -> None:
+        self.fresh = True
+        wanted = {b: self.samples.rows(b, round) for b in range(len(self.samples.batches))}
+        wanted = {batch: rows for batch, rows in wanted.items() if len(rows)}
+        found = {batch: self.journal.part(self.split, round, batch) for batch in wanted}
+        self._parts = {batch: part for batch, part in found.items() if part is not None}
+        self._todo = {batch: rows for batch, rows in wanted.items() if batch not in self._parts}
+        if self._parts and self.journal.rank == 0:
+            _log.info(
+                "%s, round %s: going on, %d of %d batches were measured before",
+                self.split,
+                round.name,
+                len(self._parts),
+                len(wanted),
+            )
+        self.sweep.progress.begin(
+            self.split,
+            round,
+            samples=sum(map(len, wanted.values())),
+            before=sum(len(wanted[batch]) for batch in self._parts),
+            evaluations=sum(map(evaluations, [*self._merged, *self._parts.values()])),
+        )
+
+    def _attack(self, images: Tensor, labels: Tensor, indices: Tensor, round: Round) -> Measured:
+        """Attack one batch at every alpha of a round; what alphas can share is made once."""
+        sweep, progress = self.sweep, self.sweep.progress
+        tables: list[pa.Table] = []
+        examples: dict[str, Tensor] = {}
+        pool = BaseExamples()
+        for place, alpha in enumerate(round.alphas):
+            progress.at(len(images), place, alpha)
+            with alpha_set(sweep.classifier, alpha):
+                evaluation = evaluate(
+                    sweep.classifier,
+                    images,
+                    labels,
+                    attacks=round.attacks,
+                    eps=sweep.eps if round.eps is None else round.eps,
+                    norm=sweep.norm,
+                    seed=sweep.seed,
+                    indices=indices,
+                    base=pool,
+                    progress=progress.tell,
+                    keep_examples=sweep.save_examples,
+                )
+            tables.append(rows(evaluation, alpha=alpha, split=self.split, round=round.name))
+            progress.spent(evaluations(tables[-1]))
+            if evaluation.examples is not None:
+                examples[f"alpha_{alpha:g}"] = evaluation.examples
+        if examples:
+            examples |= {"indices": indices, "labels": labels.cpu()}
+        return pa.concat_tables(tables), examples
+
+
+def check_rounds(
+    alphas: tuple[float, ...], images: int, *, eps: float, norm: str, shape: Sequence[int]
+) -> list[Round]:
+    """Return one round per check of the evaluation, each attack alone.
+
+    Args:
+        alphas: Ascending, with 0.
+        images: On the first so many samples; 0 for no checks.
+        eps: Radius of the evaluation that is checked.
+        norm: Of the ball.
+        shape: Of one image, `(C, H, W)`.
+    """
+    return [
+        Round(f"check:{name}", alphas, (spec,), stop=images, eps=check_eps(name, eps, norm, shape))
+        for name, spec in (CHECKS.items() if images else ())
+    ]
+
+
+def evaluations(table: pa.Table) -> int:
+    """Forward and backward passes that a table's rows have cost, counted per sample."""
+    return sum(pc.sum(table.column(name)).as_py() or 0 for name in ("forwards", "backwards"))
