@@ -14,9 +14,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from lightning_meansparse.records import AlphaSummary
-from lightning_meansparse.report.cells import alpha_column, result_columns
+from lightning_meansparse.report.cells import (
+    alpha_column,
+    capital,
+    flag_head,
+    quiet_flags,
+    result_columns,
+    signs,
+)
+from lightning_meansparse.report.findings import Findings
 
 
 def make_console() -> Console:
@@ -74,6 +83,20 @@ def results_table(summaries: list[AlphaSummary], *, chosen: float | None = None)
         first, *rest = (column.texts[place] for column in columns)
         table.add_row(first + mark, *rest, style="green" if mark else None)
     return table
+
+
+def tell(console: Console, findings: Findings) -> None:
+    """Print the verdict, what else a reader must know, and the reasons to doubt the numbers."""
+    # As plain text: a name from a file may hold what looks like markup.
+    console.print(Text(signs(f"{findings.headline}: {findings.sentence}"), style="bold"))
+    for note in findings.notes:
+        console.print(Text(capital(signs(note))))
+    for flag in findings.raised:
+        style = "bold yellow" if findings.concerns(flag) else "bold"
+        head, seen = signs(flag_head(flag)), signs(flag.seen)
+        console.print(Text.assemble((f"{head}: ", style), seen, (f" See {flag.read_on}.", "dim")))
+    for line in quiet_flags(findings):
+        console.print(Text(line, style="dim"))
 
 
 READING = (

@@ -1,6 +1,6 @@
 """From a sweep's output folder to report.html, report.png and results.md.
 
-The report reads files, never a model. Whatever it says is computed from ``records.parquet``;
+The report reads files, never a model. Whatever it says is computed from the records;
 ``sites.json`` and the adapter's configuration add what the operators did.
 """
 
@@ -16,7 +16,15 @@ from lightning_meansparse.report.picture import render_png
 from lightning_meansparse.report.results import render_markdown
 from lightning_meansparse.report.sources import Sources, read_sources
 
-__all__ = ["Findings", "Sources", "find", "read_sources", "render_markdown", "write_report"]
+__all__ = [
+    "Findings",
+    "Sources",
+    "find",
+    "read_sources",
+    "render_markdown",
+    "write_findings",
+    "write_report",
+]
 
 
 def write_report(
@@ -28,8 +36,8 @@ def write_report(
     bytes.
 
     Args:
-        directory: folder with ``records.parquet`` and, if recorded, ``sites.json`` and
-            ``adapter/meansparse_config.json``.
+        directory: output folder of a sweep, which may still be running: ``records.parquet`` or
+            ``parts/`` and, if recorded, ``sites.json`` and ``adapter/meansparse_config.json``.
         output: folder to write into; ``directory`` when None.
 
     Returns:
@@ -40,15 +48,19 @@ def write_report(
         ValueError: a file is damaged, foreign, newer than this version, or contradicts itself.
         ImportError: matplotlib is missing (extra ``report``).
     """
-    require_matplotlib()
     sources = read_sources(directory)
-    findings = find(sources.table, sources.metadata)
+    folder = Path(directory if output is None else output)
+    return write_findings(sources, find(sources.table, sources.metadata), folder)
+
+
+def write_findings(sources: Sources, findings: Findings, folder: Path) -> Path:
+    """Writes the three files of a report into a folder; see `write_report`."""
+    require_matplotlib()
     content = {
         "report.png": render_png(sources, findings),
         "results.md": render_markdown(sources, findings).encode(),
         "report.html": render(sources, findings).encode(),
     }
-    folder = Path(directory if output is None else output)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
         temporary = folder / f".{name}.{os.getpid()}.tmp"

@@ -29,18 +29,21 @@ def _racing(
 ) -> str:
     races = [found for name, found in rounds.items() if name != MAIN]
     final = rounds.get(MAIN, [])
-    steps, under = [], ""
-    for found in races:
+    first, *others = races
+    under = ", ".join(first[0].robust)
+    story = (
+        f"Racing on held-out images: {_many(len(first) - 1)} on {first[0].n:,} images under {under}"
+    )
+    for found in others:
         attacks = ", ".join(found[0].robust)
-        step = f"{_many(len(found) - 1)} on {found[0].n:,} images"
-        steps.append(step if attacks == under else f"{step} under {attacks}")
+        story += f", then {len(found) - 1} on {found[0].n:,}"
+        story += "" if attacks == under else f" under {attacks}"
         under = attacks
-    story = f"Racing on held-out images: {', then '.join(steps)}"
     if not final:
         return f"{story}; none was left for the final under all attacks."
     return (
         f"{story}; the finalist, alpha = {_list(final)}, met the base model under "
-        f"{', '.join(final[0].robust)} on {final[0].n:,} images."
+        f"{', '.join(final[0].robust)} on {final[0].n:,}."
     )
 
 

@@ -210,7 +210,7 @@ def _how_far(stages: Mapping[str, list[Stage]], metadata: Mapping[str, Any]) -> 
     if not isinstance(unfinished, Mapping):
         return []
     so_far = ", ".join(
-        f"{split} {'' if _is_main(stage) else stage[0].round + ' '}{stage[0].n:,}"
+        f"{stage[0].n:,} {split}{'' if _is_main(stage) else f' ({stage[0].round})'}"
         for split, found in stages.items()
         for stage in found
     )

@@ -21,6 +21,7 @@ _LABELS = {
     "norm": "Norm",
     "seed": "Seed",
     "where": "Placement",
+    "select": "Choice of α",
     "versions": "Versions",
     "hardware": "Hardware",
 }
@@ -40,6 +41,9 @@ class _Attacks:
 def method(sources: Sources, findings: Findings) -> str:
     """Returns attacks with their budgets, and the settings, as HTML."""
     known = {key: value for key, value in sources.metadata.items() if key not in _ELSEWHERE}
+    if isinstance(select := known.get("select"), Mapping):
+        # Its attacks stand among those of the other rounds, its reason in the verdict's notes.
+        known["select"] = {k: v for k, v in select.items() if k not in ("screen", "reason")}
     pairs = [(_LABELS[key], known.pop(key)) for key in _LABELS if key in known]
     pairs += [(key.replace("_", " ").capitalize(), known[key]) for key in sorted(known)]
     kept = {k: v for k, v in sources.adapter.items() if not isinstance(v, list | dict)}
