@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,19 @@ class TestTable:
             for split, name in ((TEST, "race-1"), (TEST, "race-2"), (HELD_OUT, MAIN))
         ]
         assert seen == [[(0.0, 1), (0.2, 1)], [(0.0, 3)], [(0.0, 1), (0.4, 1)]]
+
+    def test_every_column_is_explained(self) -> None:
+        page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+        section = page.partition("\n## Records\n")[2].partition("A *round* is")[0]
+        found: dict[str, str] = {}
+        for names, types in re.findall(r"^\| (`.*?`) \| ([a-z0-9, ]+) \|", section, flags=re.M):
+            columns, kinds = re.findall(r"`(\w+)`", names), types.split(", ")
+            found |= dict(
+                zip(columns, kinds if len(kinds) > 1 else kinds * len(columns), strict=True)
+            )
+        numpy_names = {"float": "float32", "double": "float64"}
+        known = {field.name: str(field.type) for field in SCHEMA}
+        assert found == {name: numpy_names.get(kind, kind) for name, kind in known.items()}
 
     def test_environment_is_json(self) -> None:
         found = environment()

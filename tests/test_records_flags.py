@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,5 +234,15 @@ class TestSelection:
         assert self.flag(table(BASE)).raised is False
 
 
-def test_where_to_read_on_is_a_heading() -> None:
-    assert Flag("zero gradients", True, (), "").read_on == "docs/evaluation.md#zero-gradients"
+def test_every_flag_is_explained() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    sections = {
+        section.partition("\n")[0]: section for section in re.split(r"^#{2,3} ", page, flags=re.M)
+    }
+    for flag in flags(table({0.0: np.array([1])})):
+        section = sections[flag.name[0].upper() + flag.name[1:]]
+        for part in ("*Raised if*", "*It means*", "*What to do:*"):
+            assert section.count(part) == 1, f"{flag.name}: {part}"
+        # The anchor that the heading gets.
+        slug = re.sub(r"[^a-z -]", "", section.partition("\n")[0].lower()).replace(" ", "-")
+        assert flag.read_on == f"docs/evaluation.md#{slug}"
