@@ -157,7 +157,7 @@ class TestCleanBudget:
         found = find(*read_records(folder))
         assert found.notes[0] == (
             "Clean budget: of the 3 alphas looked at (0.2, 0.3, 0.4), alpha = 0.2 is the largest "
-            "whose clean accuracy stays within the budget of 1 points (-0.5 points on 200 held-out "
+            "whose clean accuracy stays within the budget of 1.00% (-0.5 points on 200 held-out "
             "images); robustness had no part in the choice."
         )
         assert not any("was not chosen by" in note for note in found.notes)

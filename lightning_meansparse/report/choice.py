@@ -52,9 +52,7 @@ def _clean_budget(
 ) -> str:
     tried = {s.alpha: s for found in rounds.values() for s in found if s.alpha}
     budget = select.get("clean_budget")
-    allowed = "the budget" + (
-        f" of {100 * budget:g} points" if isinstance(budget, int | float) else ""
-    )
+    allowed = "the budget" + (f" of {budget:.2%}" if isinstance(budget, int | float) else "")
     blind = "robustness had no part in the choice"
     if chosen not in tried:
         return (

@@ -130,9 +130,8 @@ def _accuracy(findings: Findings) -> str:
         if judged.apparent
         else "Apparent accuracy was not measured: no attack followed the exact gradient. "
     )
-    hatched = (
-        "" if judged.masking is None else " Hatched: masking, robustness that is only apparent."
-    )
+    masked = any(summary.masking is not None for summary in findings.curve)
+    hatched = " Hatched: masking, robustness that is only apparent." if masked else ""
     drawing = _both(lambda narrow, name: accuracy_svg(findings, narrow=narrow, name=name), label)
     return (
         f'<figure><ul class="key">{"".join(key)}</ul>{drawing}'
