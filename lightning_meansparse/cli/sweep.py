@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from rich.text import Text
 
-from lightning_meansparse.cli.console import READING, calm, make_console, results_table
+from lightning_meansparse.cli.console import READING, calm, make_console, results_table, tell
 from lightning_meansparse.cli.lightning import RecipeCLI
-from lightning_meansparse.records import HELD_OUT, TEST
 from lightning_meansparse.report import find, write_report
-from lightning_meansparse.report.cells import capital, signs
+from lightning_meansparse.report.cells import stage_label
 from lightning_meansparse.report.drawing import require_matplotlib
 from lightning_meansparse.tasks import AlphaSweep
 
@@ -51,15 +51,18 @@ def run(args: Sequence[str]) -> None:
 
 
 def show(console: Console, sweep: AlphaSweep) -> None:
-    """Print every split's table, the verdict, and what else a reader must know."""
-    for split in (HELD_OUT, TEST):
-        if split in sweep.summaries:
-            summaries = sweep.summaries[split]
+    """Print every stage's table, the verdict, and what else a reader must know."""
+    if sweep.chosen_alpha is None:  # one alpha was measured, and none chosen
+        for split, summaries in sweep.summaries.items():
             console.print(f"\n[bold]{split} images[/], n = {summaries[0].n:,}")
-            console.print(results_table(summaries, chosen=sweep.chosen_alpha))
+            console.print(results_table(summaries))
+        console.print(READING)
+        return
+    findings = find(sweep.records, sweep.metadata())
+    for stage in reversed(findings.in_order):  # what the verdict speaks of stands next to it
+        console.print(Text(f"\n{stage_label(findings, stage)}", style="bold"))
+        console.print(results_table(stage, chosen=findings.chosen))
     console.print(READING)
-    if sweep.chosen_alpha is not None:
-        console.print(f"\n[bold]{signs(sweep.verdict)}[/]")
-        for note in find(sweep.records, sweep.metadata()).notes:
-            console.print(capital(signs(note)))
-        console.print()
+    console.print()
+    tell(console, findings)
+    console.print()
