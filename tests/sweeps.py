@@ -84,7 +84,7 @@ def trained_network():
         task = AdversarialTraining(
             network, method="none", eps=EPS, optimizer=lambda p: AdamW(p, lr=0.02)
         )
-        trainer(max_epochs=3, limit_val_batches=0).fit(task, data())
+        trainer(max_epochs=4, limit_val_batches=0).fit(task, data(train=200))
     return network.eval()
 
 

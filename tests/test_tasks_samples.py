@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sweeps import data
 from torch.utils.data import (
     DataLoader,
@@ -11,9 +13,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_meansparse.tasks.samples import batch_indices
-
-# ------------------------------------------------------------------------- which sample is which
+from lightning_meansparse.tasks import samples as room
+from lightning_meansparse.tasks.samples import batch_indices, dealt, first_samples, only_loader
+from lightning_meansparse.tasks.selection import Round
 
 
 def test_indices_come_from_the_loader():
@@ -60,3 +62,47 @@ def test_samples_without_numbers_are_refused():
     for loader in (DataLoader(Stream()), [torch.zeros(1)], DataLoader([1, 2], batch_size=None)):
         with pytest.raises(TypeError, match="a sweep needs"):
             batch_indices(loader)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 40),
+    ranks=st.integers(1, 4),
+    size=st.integers(1, 7),
+    cut=st.tuples(st.integers(0, 40), st.integers(1, 40)),
+)
+def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, cut):
+    dataset = TensorDataset(torch.zeros(n))
+    hands = [
+        batch_indices(
+            DataLoader(
+                dataset,
+                batch_size=size,
+                sampler=DistributedSampler(dataset, ranks, rank, shuffle=False),
+            )
+        )
+        for rank in range(ranks)
+    ]
+    round = Round("race-1", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
+    met = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "gathered", lambda mine, device: [torch.cat(hand) for hand in hands])
+        for hand in hands:
+            samples = dealt(hand, torch.device("cpu"))
+            assert samples.order.tolist() == list(range(n))
+            assert len(samples) == n
+            for number, batch in enumerate(hand):
+                met |= set(batch[samples.rows(number, round)].tolist())
+    assert met == set(range(n)[round.start : round.stop])
+
+
+def test_the_one_loader_of_a_trainer():
+    loader = DataLoader(TensorDataset(torch.rand(5, 1, 2, 2), torch.arange(5)), batch_size=2)
+    assert only_loader([loader]) is loader
+    images, labels = first_samples(loader, 3)
+    assert torch.equal(images, loader.dataset.tensors[0][:3])
+    assert labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="one data set, got 2 loaders"):
+        only_loader([loader, loader])
+    with pytest.raises(TypeError, match="one DataLoader"):
+        only_loader([])
