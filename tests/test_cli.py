@@ -232,16 +232,16 @@ def test_recipes_hold_what_the_package_ships():
 
 def test_the_demo_tells_writes_and_ends_well(classifier, in_tmp_path):
     console = Console(file=io.StringIO(), width=120)
-    sweep = demonstrate(
-        console,
-        Path("shown"),
-        images=10,
-        test_images=6,
-        steps=2,
-        checkpoint=Path(classifier),
-        alphas=[0.2, 0.6],
-        attacks=json.loads(CHEAP),
-    )
+    small = {
+        "images": 10,
+        "test_images": 6,
+        "checkpoint": Path(classifier),
+        "attacks": json.loads(CHEAP),
+    }
+    demonstrate(console, Path("shown"), steps=1, alphas=[0.1], **small)
+    Path("shown/notes.txt").touch()
+    # Once more into the same folder, otherwise.
+    sweep = demonstrate(console, Path("shown"), steps=2, alphas=[0.2, 0.6], **small)
     text = console.file.getvalue()
     for part in ("1/4 Fine-tune", "2/4 Sweep", "3/4 Test", "4/4 Report", "shown/report.html"):
         assert part in text
@@ -250,7 +250,15 @@ def test_the_demo_tells_writes_and_ends_well(classifier, in_tmp_path):
     table, _ = read_records("shown/records.parquet")
     assert splits(table) == (HELD_OUT, TEST)
     written = {path.name for path in Path("shown").iterdir()}
-    assert {"report.html", "report.png", "records.parquet", "sites.json", "adapter"} <= written
+    assert {
+        "notes.txt",
+        "sweep.json",
+        "report.html",
+        "report.png",
+        "records.parquet",
+        "sites.json",
+        "adapter",
+    } <= written
     assert set(read_adapter("shown/adapter").alphas) == {sweep.chosen_alpha}
     assert os.listdir() == ["shown"]
 

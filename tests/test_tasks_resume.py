@@ -301,7 +301,8 @@ def test_clearing_takes_what_a_sweep_of_the_same_command_wrote_and_nothing_else(
     shutil.copytree(whole / "racing", folder)
     (folder / "notes.txt").write_text("mine")
     before = contents(folder)
-    clear(folder, command="meansparse demo")
+    with pytest.raises(ValueError, match=r"holds records.parquet, .*which 'demo' did not write"):
+        clear(folder, command="demo")
     assert contents(folder) == before
     content = json.loads((folder / "sweep.json").read_text())
     (folder / "sweep.json").write_text(json.dumps({**content, "notes": {"command": "demo"}}))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lightning_meansparse.tasks import AlphaSweep
 
+COMMAND = "meansparse demo"
 HERE = Path(__file__).parent.parent / "demo"
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.6)
 EPS = 0.1
@@ -70,7 +71,7 @@ def demonstrate(
 
     Args:
         console: Where to tell.
-        output: Folder for records, report and adapter.
+        output: Folder for records, report and adapter; those of an earlier demo are replaced.
         images: Held-out images that choose alpha.
         test_images: Test images that are reported.
         steps: Of fine-tuning.
@@ -81,6 +82,7 @@ def demonstrate(
 
     Raises:
         FileNotFoundError: If the package came without its demo files.
+        ValueError: If the folder holds another sweep.
     """
     if not checkpoint.is_dir():
         raise FileNotFoundError(
@@ -99,8 +101,10 @@ def demonstrate(
     from lightning_meansparse.cli.sweep import show
     from lightning_meansparse.report import write_report
     from lightning_meansparse.report.drawing import require_matplotlib
+    from lightning_meansparse.tasks.journal import clear
 
     require_matplotlib()
+    clear(output, command=COMMAND)  # it trains anew, so there is nothing to go on with
     seed_everything(seed, verbose=False)
     data = ImageDataModule(
         str(HERE / "fashion_mnist"),
@@ -160,15 +164,10 @@ def demonstrate(
         output=output,
         seed=seed,
     )
-    sweep.notes["command"] = "meansparse demo"
+    sweep.notes["command"] = COMMAND
     sweep.progress.console = console
     trainer = Trainer(enable_progress_bar=True, **options)
     trainer.validate(sweep, datamodule=data, verbose=False)
-    if sweep.chosen_alpha:
-        chosen = f"α = {sweep.chosen_alpha:g}, which gained most in the worst case"
-    else:
-        chosen = "α = 0, the base model: no α gained anything in the worst case (table below)"
-    console.print(f"     chosen: {chosen}")
 
     step("Test", f"measure the choice on {test_images} test images, which have chosen nothing")
     trainer.test(sweep, datamodule=data, verbose=False)

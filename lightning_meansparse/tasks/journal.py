@@ -178,8 +178,7 @@ class Journal:
         """The configuration that the folder was begun with."""
         path = folder / CONFIGURATION
         if not path.exists():
-            others = [folder / RECORDS, folder / SITES, folder / ADAPTER / CONFIG_NAME]
-            if found := [str(other.relative_to(folder)) for other in others if other.exists()]:
+            if found := _written(folder):
                 raise ValueError(
                     f"output {str(folder)!r} holds {', '.join(found)} and no {CONFIGURATION}, so "
                     "nobody can tell what was measured there, and a sweep would overwrite it. "
@@ -210,17 +209,30 @@ def clear(folder: Path, *, command: str) -> None:
     Args:
         folder: The output of the sweep; need not exist.
         command: The `"command"` in the notes of a sweep that may be removed.
+
+    Raises:
+        ValueError: If another sweep wrote there.
     """
-    content = _read_json(folder / CONFIGURATION) or {}
-    notes = content.get("notes")
+    notes = (_read_json(folder / CONFIGURATION) or {}).get("notes")
     if not isinstance(notes, dict) or notes.get("command") != command:
+        if found := _written(folder):
+            raise ValueError(
+                f"output {str(folder)!r} holds {', '.join(found)}, which {command!r} did not "
+                "write. Name another output, or delete this folder."
+            )
         return
-    written = [folder / RECORDS, folder / SITES]
-    written += [folder / ADAPTER / name for name in (CONFIG_NAME, TENSORS_NAME)]
+    written = [folder / name for name in _written(folder)]
     written += [*(folder / _PARTS).glob("*.parquet"), *(folder / _EXAMPLES).glob("*.safetensors")]
     # The configuration last: without it nobody could tell whose the rest is.
-    for path in (*written, folder / CONFIGURATION):
-        path.unlink(missing_ok=True)
+    for path in sorted(written, key=lambda path: path.name == CONFIGURATION):
+        path.unlink()
+
+
+def _written(folder: Path) -> list[str]:
+    """Which files of a sweep there are, as paths inside the folder."""
+    adapter = [f"{ADAPTER}/{name}" for name in (CONFIG_NAME, TENSORS_NAME)]
+    names = (RECORDS, SITES, *adapter, CONFIGURATION)
+    return [name for name in names if (folder / name).exists()]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
