@@ -125,15 +125,16 @@ def find(table: pa.Table, metadata: Mapping[str, Any]) -> Findings:
     given = metadata.get("chosen_alpha")
     chosen = best if given is None else float(given)
     select = metadata.get("select") or {}
+    method = select.get("method", "grid")
     notes = _how_far(stages, metadata)
     if given is None and notes:
         shown = "; the one shown would be, from these images" if grid else ""
         notes.append(f"No alpha is chosen yet{shown}.")
-    if given is not None and "method" in select:
+    if given is not None and method != "grid":
         names = [name for name in rounds(table, chooser) if not name.startswith("check:")]
         met = {name: summarize(table, split=chooser, round=name) for name in names}
         notes += told(met, select, chosen)
-    if chosen != best and select.get("method", "grid") in ("grid", "racing"):
+    if chosen != best and method in ("grid", "racing"):
         notes.append(
             f"alpha = {chosen:g} was not chosen by the largest worst-case accuracy on the "
             f"{chooser} images; that would have been alpha = {best:g}."
