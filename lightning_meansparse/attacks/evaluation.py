@@ -45,14 +45,15 @@ class Evaluation:
         margin: True logit minus the best other one on the clean image, ``(N,)`` float32.
         predictions: Predicted classes of the clean images, ``(N,)`` int64.
         noise: Largest difference of a logit between two forward passes of the same clean image,
-            ``(N,)`` float32; 0 for a model whose output is not random. NaN without attacks.
+            as a share of the spread of its logits, ``(N,)`` float32; 0 for a model whose output is
+            not random. NaN without attacks.
         zero_gradient: Share of the pixels of the clean image at which the exact gradient of the
             loss is 0, ``(N,)`` float32. NaN without attacks.
         probabilities: Whether the output looks like probabilities: no attack can use more than
             their logarithms, which saturate. ``(N,)`` bool.
         forwards: Forward passes spent per sample and attack, ``(N, A)`` int64, with the one that
-            scores the example. For attacks that drop samples on their own the total is exact and
-            its split over samples even.
+            scores the example. For classes of other libraries the total is exact and its split over
+            samples even.
         backwards: Backward passes, likewise.
         seed: Seed of the evaluation.
         examples: Per sample the adversarial example that broke it, else the last one tried, else
@@ -121,12 +122,12 @@ class BaseExamples:
                 "indices; make a new BaseExamples() per batch and share it between alphas only."
             )
 
-    def starts(self, budget: str, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Examples of one budget so far, and which samples have one; to be filled in place."""
-        if budget not in self._found:
+    def starts(self, attack: str, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Examples of one attack so far, and which samples have one; to be filled in place."""
+        if attack not in self._found:
             known = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-            self._found[budget] = (images.clone(), known)
-        return self._found[budget]
+            self._found[attack] = (images.clone(), known)
+        return self._found[attack]
 
 
 def evaluate(
@@ -156,7 +157,7 @@ def evaluate(
         classifier: Float pixels in [0, 1], ``(N, C, H, W)``, to logits ``(N, classes)``.
         images: Clean images.
         labels: True classes, ``(N,)`` int64.
-        attacks: As `resolve_attacks` takes them; ``()`` for the clean accuracy alone.
+        attacks: As `resolve_attacks` takes them; none of them for the clean accuracy alone.
         eps: Radius in pixel units, e.g. ``"8/255"``.
         norm: ``"Linf"`` or ``"L2"``.
         seed: All noise of a sample depends on this and on its index alone (attacks of other
@@ -179,7 +180,7 @@ def evaluate(
     """
     radius = parse_eps(eps, norm)
     check_norm(norm)
-    specs = () if attacks == () else resolve_attacks(attacks)
+    specs = () if isinstance(attacks, Sequence) and not attacks else resolve_attacks(attacks)
     for spec in specs:
         check_attack(spec, norm)
     if batch_size < 1:
@@ -267,7 +268,7 @@ class _Run:
 
     def _base_starts(self, spec: AttackSpec, rows: Tensor, cost: Tensor) -> Tensor:
         """The same attack on the same model at alpha 0, with its exact gradient."""
-        examples, known = self.base.starts(_budget(spec), self.images)
+        examples, known = self.base.starts(_identity(spec), self.images)
         missing = ~known[rows]
         if bool(missing.any()):
             with alpha_set(self.model, 0.0), backward_rule(self.model, "exact"):
@@ -281,9 +282,9 @@ class _Run:
         self, spec: AttackSpec, rows: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         images, labels, indices = self.images[rows], self.labels[rows], self.indices[rows.cpu()]
-        # Attacks with different budgets draw different noise, so that one is a restart of the
-        # other.
-        seed = sample_seed(self.seed, zlib.crc32(_budget(spec).encode())) % 2**31
+        # Attacks that differ in anything draw different noise, so that each is a restart of the
+        # other, also at alpha 0, where all backward rules are one.
+        seed = sample_seed(self.seed, zlib.crc32(_identity(spec).encode())) % 2**31
         seed_everything(seed)
         attack = build_attack(
             spec,
@@ -318,8 +319,9 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Any:
     return torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else parts[0]
 
 
-def _budget(spec: AttackSpec) -> str:
-    return f"{spec.attack} {sorted(spec.options.items())}"
+def _identity(spec: AttackSpec) -> str:
+    seen_through = "" if spec.rule == "exact" else f" {spec.rule} {spec.temperature}"
+    return f"{spec.attack} {sorted(spec.options.items())}{seen_through}"
 
 
 def _split_evenly(total: int, count: int, device: torch.device) -> Tensor:

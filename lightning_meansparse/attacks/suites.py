@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from lightning_meansparse.attacks.library import spelled_out
+from lightning_meansparse.attacks.library import spelled_out, usual_kind
 from lightning_meansparse.attacks.spec import KINDS, AttackSpec
 
 _OURS = "lightning_meansparse.attacks"
@@ -65,7 +65,7 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             change(replace(_SMOOTH, temperature=1 / 4), "adaptive-dlr-soft", loss="dlr", steps=50),
             change(_SMOOTH, "adaptive-t", loss="dlr-targeted", n_targets=3),
             change(_SMOOTH, "adaptive-close", loss="margin", n_restarts=10, close=0.1),
-            change(replace(_IDENTITY, start="base"), "adaptive-ce-identity", steps=50),
+            change(_IDENTITY, "adaptive-ce-identity", steps=50),
             change(_IDENTITY, "adaptive-dlr-identity", loss="dlr", steps=50),
         )
     }
@@ -99,7 +99,7 @@ SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
 - ``transfer``: the path of an attack on the base model, and on the same network at 0.75 and 1.25
   times alpha;
 - ``adaptive``: APGD on four losses, through the identity and through smooth gates of three widths,
-  from random points and from the base model's examples; what then is close to falling gets ten
+  from random points and from the base model's examples; what then is close to falling gets nine
   restarts more;
 - ``full``: all of them, the suite for a number that is published.
 """
@@ -148,7 +148,7 @@ def _resolve(entry: Any) -> tuple[AttackSpec, ...]:
         if entry in SUITES:
             return SUITES[entry]
         if "." in entry and "/" not in entry:
-            return (spelled_out(AttackSpec(entry.rpartition(".")[2].lower(), entry)),)
+            return (_from_mapping({"attack": entry}),)
         raise ValueError(
             f"attacks: {entry!r} is not known; known are {', '.join(SUITES)}, or a class path "
             "such as 'torchattacks.PGDL2'."
@@ -181,5 +181,6 @@ def _from_mapping(entry: Mapping[str, Any]) -> AttackSpec:
             f"such as 'torchattacks.PGDL2'; got {attack!r}."
         )
     fields.setdefault("name", attack.rpartition(".")[2].lower())
+    fields.setdefault("kind", usual_kind(attack))
     fields["options"] = fields.get("options") or {}
     return spelled_out(AttackSpec(**fields))

@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_meansparse.attacks import (
-    BaseExamples,
-    Evaluation,
-    evaluate,
-)
+from lightning_meansparse.attacks import ATTACKS, BaseExamples, Evaluation, evaluate, evaluation
 from lightning_meansparse.attacks.ball import Ball, sample_seed
 from lightning_meansparse.demo.network import ConvNet
 from lightning_meansparse.surgery import alphas, operators, set_alpha
@@ -120,3 +116,20 @@ def test_progress_names_each_attack(net: ConvNet, images: Tensor, labels: Tensor
     evaluate(net, images[:4], labels[:4], attacks=SHORT[:2], eps=EPS, progress=said.append)
     assert [text.partition(":")[0] for text in said[1:]] == ["fgsm", "pgd"]
     assert "of 4 images" in said[1]
+
+
+def test_no_attack_repeats_another_on_the_base_model(
+    net: ConvNet, images: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At alpha 0 all backward rules are one; only other noise makes an attack a restart."""
+    drawn = []
+
+    def build(*args: object, seed: int, **kwargs: object) -> None:
+        drawn.append(seed)
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(evaluation, "build_attack", build)
+    for spec in ATTACKS.values():
+        with pytest.raises(RuntimeError, match="seen enough"):
+            evaluate(net, images[:2], labels[:2], attacks=spec, eps=EPS)
+    assert len(set(drawn)) == len(ATTACKS)
