@@ -2,11 +2,11 @@
 
 ``resolve_attacks`` turns names into `AttackSpec` s with every budget written out;
 ``evaluate`` runs them on a classifier in [0, 1] pixels, clips and re-scores every example, and
-returns per-sample flags; ``run_checks`` asks whether attacks work on this classifier at all.
+returns per-sample flags; ``CHECKS`` are attacks that show whether attacks work here at all.
 torchattacks is imported when the first attack is built.
 """
 
-from lightning_meansparse.attacks.checks import CHECKS, check_eps, run_checks
+from lightning_meansparse.attacks.checks import CHECKS, check_eps
 from lightning_meansparse.attacks.evaluation import BaseExamples, Evaluation, evaluate
 from lightning_meansparse.attacks.spec import AttackSpec, check_norm, parse_eps
 from lightning_meansparse.attacks.suites import ATTACKS, SUITES, resolve_attacks
@@ -23,5 +23,4 @@ __all__ = [
     "evaluate",
     "parse_eps",
     "resolve_attacks",
-    "run_checks",
 ]

@@ -62,8 +62,8 @@ class APGD(StartedAttack):
         n_restarts: Number of runs; the first begins at the given start points, if any, the others
             at random.
         close: Restarts after the first are for samples alone whose margin, on the best example of
-            the first run, is below this share of the clean one. 1 leaves hardly any out; 0.1 gives
-            the effort to the few that may still fall.
+            the first run, is below this share of the clean one: 1 leaves none out, 0.1 gives the
+            effort to the few that may still fall.
         loss: ``"ce"`` (see `cross_entropy`), ``"dlr"``,
             ``"dlr-targeted"`` (one run per target class), or ``"margin"``.
         n_targets: Targets of ``"dlr-targeted"``: the most likely wrong classes of the clean image,
@@ -93,6 +93,8 @@ class APGD(StartedAttack):
         for name, value in (("steps", steps), ("n_restarts", n_restarts), ("n_targets", n_targets)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}.")
+        if not 0 < close <= 1:
+            raise ValueError(f"close must be a share of the margin in (0, 1], got {close!r}.")
         self.steps = steps
         self.n_restarts = n_restarts
         self.close = close

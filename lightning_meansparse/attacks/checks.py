@@ -11,9 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from torch import Tensor, nn
-
-from lightning_meansparse.attacks.evaluation import Evaluation, evaluate
 from lightning_meansparse.attacks.spec import AttackSpec
 from lightning_meansparse.attacks.suites import ATTACKS, change
 
@@ -44,42 +41,3 @@ def check_eps(name: str, eps: float, norm: str, shape: Sequence[int]) -> float:
     if name != "large-eps":
         return eps
     return 1.0 if norm == "Linf" else math.sqrt(math.prod(shape))
-
-
-def run_checks(
-    classifier: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    eps: float,
-    norm: str = "Linf",
-    seed: int = 0,
-    indices: Tensor | None = None,
-) -> dict[str, Evaluation]:
-    """Run every check on a few images.
-
-    Args:
-        classifier: As for `evaluate`, like all that follow.
-        images: ...
-        labels: ...
-        eps: Radius of the evaluation that is checked.
-        norm: ...
-        seed: ...
-        indices: ...
-
-    Returns:
-        One evaluation per name of `CHECKS`.
-    """
-    return {
-        name: evaluate(
-            classifier,
-            images,
-            labels,
-            attacks=spec,
-            eps=check_eps(name, eps, norm, images.shape[1:]),
-            norm=norm,
-            seed=seed,
-            indices=indices,
-        )
-        for name, spec in CHECKS.items()
-    }

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_meansparse.attacks.spec import AttackSpec
+from lightning_meansparse.attacks.spec import AttackSpec, Kind
 
 _BOTH = frozenset({"APGD", "FAB", "Square", "AutoAttack"})
 _LINF = frozenset(
@@ -38,6 +38,7 @@ _LINF = frozenset(
         "PIFGSMPP",
     ]
 )
+_BLACKBOX = frozenset(["Square", "SPSA"])
 _L2 = frozenset(["CW", "PGDL2", "PGDRSL2", "DeepFool", "EADEN"])
 
 _GIVEN = frozenset({"eps", "norm", "seed", "n_classes", "resc_schedule", "verbose"})
@@ -84,6 +85,13 @@ def attack_class(spec: AttackSpec) -> type:
             f"torchattacks.Attack, got {found!r}."
         )
     return found
+
+
+def usual_kind(attack: str) -> Kind:
+    """What kind of attack a class path names, as far as the library's names tell."""
+    module, _, name = attack.rpartition(".")
+    ours_or_unknown = module.partition(".")[0] != "torchattacks"
+    return "gradient" if ours_or_unknown or name not in _BLACKBOX else "blackbox"
 
 
 def spelled_out(spec: AttackSpec) -> AttackSpec:

@@ -39,9 +39,11 @@ def symptoms(
         pixels = images[rows].clone().requires_grad_()
         with torch.enable_grad():
             again = model(pixels).float()
-        # Infinite and NaN logits that come again are no noise.
-        change = torch.nan_to_num(again.detach() - logits[rows], nan=0.0)
-        noise[rows] = change.abs().amax(dim=1)
+        # As a share, for any scale of the logits; what comes again, NaN too, is no noise.
+        same = torch.isclose(again.detach(), logits[rows], rtol=0, atol=0, equal_nan=True)
+        change = torch.where(same, 0, (again.detach() - logits[rows]).abs())
+        spread = (logits[rows].amax(dim=1) - logits[rows].amin(dim=1)).clamp_min(1e-12)
+        noise[rows] = torch.nan_to_num(change.amax(dim=1) / spread, nan=torch.inf)
         zero[rows] = 1.0
         if again.requires_grad:
             loss = cross_entropy(labels[rows])(again).sum()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_meansparse.layer import Backward, check_alpha, check_backward
+from lightning_meansparse.layer import Backward, MeanSparse, check_alpha, check_backward
 from lightning_meansparse.sites.record import match
 from lightning_meansparse.surgery.insertion import operators, shorten
 
@@ -64,8 +64,8 @@ def alphas(model: nn.Module) -> dict[str, float]:
 @contextmanager
 def alpha_set(model: nn.Module, alpha: float | Mapping[str, float]) -> Iterator[None]:
     """Set α inside the ``with`` block only; at 0 the model is its base."""
-    with alpha_scaled(model, 1.0):
-        if operators(model):
+    with _alphas_kept(model) as found:
+        if found:
             set_alpha(model, alpha)
         yield
 
@@ -73,11 +73,17 @@ def alpha_set(model: nn.Module, alpha: float | Mapping[str, float]) -> Iterator[
 @contextmanager
 def alpha_scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply every site's α inside the ``with`` block only."""
-    before = [(op, op.alpha.clone()) for op in operators(model).values()]
-    try:
-        for op, _ in before:
+    with _alphas_kept(model) as found:
+        for op in found:
             op.alpha.mul_(factor)
         yield
+
+
+@contextmanager
+def _alphas_kept(model: nn.Module) -> Iterator[list[MeanSparse]]:
+    before = [(op, op.alpha.clone()) for op in operators(model).values()]
+    try:
+        yield [op for op, _ in before]
     finally:
         for op, old in before:
             op.alpha.copy_(old)

@@ -101,6 +101,13 @@ def test_a_class_path_is_an_attack() -> None:
     assert (spec.name, spec.attack, spec.kind) == ("pgdl2", "torchattacks.PGDL2", "gradient")
 
 
+def test_a_class_path_of_a_blackbox_attack_has_that_kind() -> None:
+    kinds = [spec.kind for spec in resolve_attacks(["torchattacks.SPSA", "torchattacks.Square"])]
+    assert kinds == ["blackbox", "blackbox"]
+    (told,) = resolve_attacks({"attack": "torchattacks.SPSA", "kind": "gradient"})
+    assert told.kind == "gradient"
+
+
 def test_a_class_path_states_the_budget_that_its_class_would_take() -> None:
     """As its documentation says: PGDL2(model, eps=1.0, alpha=0.2, steps=10, random_start=True)."""
     (plain,) = resolve_attacks("torchattacks.PGDL2")

@@ -22,8 +22,12 @@ class _Spoiled(nn.Module):
             # The right half passes through a step function, whose derivative is 0.
             images = torch.cat([images[..., :6], images[..., 6:].round()], dim=-1)
         logits: Tensor = self.inner(images)
-        if self.how == "random":
+        if self.how.startswith("random"):
             logits = logits + 0.1 * torch.rand_like(logits)
+        if self.how == "random and small":
+            logits = logits / 1000
+        if self.how == "infinite":
+            logits = torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], dim=1)
         if self.how == "detached":
             logits = logits.detach()
         return logits.softmax(dim=1) if self.how == "probabilities" else logits
@@ -46,7 +50,13 @@ def test_a_plain_model_has_no_symptom() -> None:
 
 def test_random_outputs_are_noticed() -> None:
     noise = _looked_at("random").noise
-    assert bool(((noise > 0) & (noise <= 0.1)).all())
+    assert bool(((noise > 0.001) & (noise < 1)).all())
+    # The scale of the logits says nothing about their noise.
+    assert bool(_looked_at("random and small").noise.isclose(noise, rtol=1e-3).all())
+
+
+def test_infinities_that_come_again_are_no_noise() -> None:
+    assert bool((_looked_at("infinite").noise == 0).all())
 
 
 def test_pixels_without_gradient_are_counted() -> None:
