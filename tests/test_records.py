@@ -185,7 +185,7 @@ class TestTable:
         assert [row["order"] for row in middle] == [0, 1, 2, 3]
         assert [row["standing"] for row in middle] == [True, True, False, False]
         assert [row["attacked"] for row in middle] == [False, True, True, False]
-        assert [row["forwards"] for row in middle] == [0, 100, 100, 0]
+        assert [row["forwards"] for row in middle] == [2, 100, 100, 0]
         assert {row["margin"] for row in middle} == {np.float32(math.sin(8))}
         assert {row["label"] for row in middle} == {8}
         assert {row["round"] for row in middle} == {MAIN}
@@ -356,14 +356,12 @@ class TestTable:
 
         rounds_of = {"rounds": {HELD_OUT: {"main": {"eps": 0.1}}}}
         done = [part(HELD_OUT, number, (0.0, 0.2)) for number in (0, 1)]
-        part(HELD_OUT, 2, (0.0,), **rounds_of)
+        done.append(part(HELD_OUT, 2, (0.0, 0.2), **rounds_of))
         back, metadata = read_records(tmp_path)
-        unfinished = {"parts": 3, "left_out": 2}
-        assert metadata == {"eps": 0.1, **rounds_of, "unfinished": unfinished}
+        assert metadata == {"eps": 0.1, **rounds_of, "unfinished": 3}
         assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(done), split=HELD_OUT)
 
         # The held-out images are done, whatever a kill has left of their parts.
-        done.append(part(HELD_OUT, 2, (0.0, 0.2)))
         finished = {"eps": 0.1, "chosen_alpha": 0.2, **rounds_of}
         path = write_records(done, tmp_path / "records.parquet", finished)
         assert read_records(tmp_path)[1] == finished
@@ -373,28 +371,19 @@ class TestTable:
         back, metadata = read_records(tmp_path)
         assert summarize(back, split=HELD_OUT) == summarize(pa.concat_tables(done), split=HELD_OUT)
         assert summarize(back, split=TEST) == summarize(more, split=TEST)
-        assert metadata.pop("unfinished") == {"parts": 4, "left_out": 0}
+        assert metadata.pop("unfinished") == 1
         assert metadata.pop("rounds") == {
             HELD_OUT: {"main": {"eps": 0.1}},
             TEST: {"main": {"eps": 0.2}},
         }
         assert metadata == {"eps": 0.1, "chosen_alpha": 0.2}
 
-    def test_what_one_round_lacks_another_may_hold(self, tmp_path: Path) -> None:
-        short, long = np.array([4]), np.array([4, 1, 1])
-        made = [
-            table({0.0: long, 0.2: short}, round="race-1"),
-            table({0.0: long}, round="race-2"),
-            table({0.0: short, 0.4: short}, split=HELD_OUT),
-        ]
-        write_records(made, tmp_path / "parts" / "all.parquet", {})
-        back, metadata = read_records(tmp_path)
-        assert metadata["unfinished"]["left_out"] == 2
-        seen = [
-            [(s.alpha, s.n) for s in summarize(back, split=split, round=name)]
-            for split, name in ((TEST, "race-1"), (TEST, "race-2"), (HELD_OUT, MAIN))
-        ]
-        assert seen == [[(0.0, 1), (0.2, 1)], [(0.0, 3)], [(0.0, 1), (0.4, 1)]]
+    def test_parts_of_two_sweeps_are_no_sweep(self, tmp_path: Path) -> None:
+        for number, sweep in enumerate("ab"):
+            part = table({0.0: np.array([4])})
+            write_records(part, tmp_path / "parts" / f"{number}.parquet", {"sweep": sweep})
+        with pytest.raises(ValueError, match="batches of several sweeps"):
+            read_records(tmp_path)
 
     def test_every_column_is_explained(self) -> None:
         page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
@@ -437,7 +426,7 @@ class TestSummaries:
         assert second.gain == Paired(gained=1, lost=2, n=8)
         assert second.base == Proportion(4, 8)
         attacked = sum(int(np.minimum(value, 3)) for value in mine)
-        assert (second.forwards, second.backwards) == (100 * attacked, 99 * attacked)
+        assert (second.forwards, second.backwards) == (100 * attacked + 2 * 8, 99 * attacked + 8)
 
     def test_apparent_is_not_measured_without_a_gradient_attack(self) -> None:
         records = table({0.0: np.array([3, 1]), 0.2: np.array([3, 1])}, attacks=("square",))

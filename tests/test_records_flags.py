@@ -147,7 +147,7 @@ class TestSymptoms:
         assert flag.alphas == ((0.2,) if raised else ())
         if raised:
             assert "50 of 50 test images get other logits" in flag.seen
-            assert flag.seen.endswith(f"by up to {noise:g}.")
+            assert flag.seen.endswith(f"by up to {noise:g} of their spread.")
 
     def test_probabilities_are_those_of_all_images(self) -> None:
         alike = np.ones(50, dtype=bool)
@@ -194,7 +194,7 @@ class TestChecks:
         assert flag.raised is None
         assert "check_images" in flag.seen
 
-    @pytest.mark.parametrize(("standing", "raised"), [(0, False), (1, False), (2, True)])
+    @pytest.mark.parametrize(("standing", "raised"), [(0, False), (1, True), (2, True)])
     def test_nothing_stands_where_everything_is_allowed(self, standing: int, raised: bool) -> None:
         mine = np.repeat([2, 1, 0], [standing, 60 - standing, 40])
         none = np.ones(100, dtype=int)
@@ -202,7 +202,7 @@ class TestChecks:
         flag = found(made)["accuracy at a large eps"]
         assert (flag.raised, flag.alphas) == (raised, (0.4,) if raised else ())
         if raised:
-            assert "at alpha = 0.4, 2 of 100 test images" in flag.seen
+            assert f"at alpha = 0.4, {standing} of 100 test images" in flag.seen
 
 
 SOME = {0.0: np.array([4, 1]), 0.2: np.array([4, 4])}
@@ -214,7 +214,9 @@ class TestSelection:
         return found(*tables, **metadata)["selection on the test split"]
 
     def test_several_alphas_on_the_only_split(self) -> None:
-        assert self.flag(table(SOME)).raised is True
+        several = {**SOME, 0.4: np.array([4, 1])}
+        assert self.flag(table(several)).raised is True
+        assert self.flag(table(SOME)).raised is False  # one alpha, given beforehand
         assert self.flag(table(SOME, split=HELD_OUT), chosen_alpha=0.2).raised is True
 
     def test_a_choice_on_other_images(self) -> None:

@@ -9,12 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lightning_meansparse.records.runs import rounds, splits
 from lightning_meansparse.records.table import FORMAT_VERSION, MAIN, SCHEMA
 
 _KEY = b"meansparse"
@@ -75,9 +73,8 @@ def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
     ``probabilities``.
 
     A sweep that has not finished keeps the splits that are done in ``records.parquet`` and one
-    file per batch of the current split in ``parts/``; both are read. An image that some alpha of
-    its round has not met yet is left out, and the metadata say so: ``"unfinished"`` is
-    ``{"parts": files read, "left_out": images left out}``.
+    file per batch of the current split in ``parts/``; both are read, and the metadata say so:
+    ``"unfinished"`` is the number of batches read.
 
     Args:
         path: a records file, or the output folder of a sweep, finished or not.
@@ -87,53 +84,53 @@ def read_records(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
 
     Raises:
         FileNotFoundError: there are no records.
-        ValueError: a file is damaged, not ours, or from a newer version of this package.
+        ValueError: a file is damaged, not ours, or from a newer version of this package, or the
+            parts are of several sweeps.
     """
     path = Path(path)
     if not path.is_dir():
         return _read_file(path)
+    try:
+        return _read_folder(path)
+    except FileNotFoundError:
+        # The sweep has just finished the split and removed its parts: once more.
+        return _read_folder(path)
+
+
+def _read_folder(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     whole, parts = path / "records.parquet", sorted((path / "parts").glob("*.parquet"))
     table: pa.Table = SCHEMA.empty_table()
     metadata: dict[str, Any] = {}
     if whole.exists() or not parts:
         table, metadata = _read_file(whole)
     done = pc.unique(table.column("split"))
-    known = [_read_file(part) for part in parts]
-    rows = pa.concat_tables([SCHEMA.empty_table(), *(part for part, _ in known)])
+    read = [_read_file(part) for part in parts]
     # A sweep killed just after a split was done has not removed its parts.
-    rows = rows.filter(pc.invert(pc.is_in(rows.column("split"), done)))
-    if not rows.num_rows:
+    fresh = [(rows, told) for rows, told in read if rows["split"][0] not in done]
+    if not fresh:
         return table, metadata
-    rows, left_out = _met_by_all(rows)
-    unfinished = {"parts": len(parts), "left_out": left_out}
-    about = _together(metadata, [told for _, told in known])
-    return pa.concat_tables([table, rows]), {**about, "unfinished": unfinished}
+    if len({told.get("sweep") for _, told in fresh}) > 1:
+        raise ValueError(
+            f"'{path / 'parts'}' holds batches of several sweeps, which cannot be reported as one. "
+            "Remove those that do not belong there, or run the sweep again into another folder."
+        )
+    about = _together(metadata, [told for _, told in fresh])
+    return (
+        pa.concat_tables([table, *(rows for rows, _ in fresh)]),
+        {**about, "unfinished": len(fresh)},
+    )
 
 
 def _together(done: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the parts agree on, what the finished splits say, and the rounds of all."""
     first, *others = parts
     agreed = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    agreed.pop("part", None)  # the name of a file
     rounds: dict[str, Any] = {}
     for told in (*parts, done):
         for split, known in told.get("rounds", {}).items():
             rounds.setdefault(split, {}).update(known)
     return {**agreed, **done, **({"rounds": rounds} if rounds else {})}
-
-
-def _met_by_all(table: pa.Table) -> tuple[pa.Table, int]:
-    """Drops the images that some alpha of their round lacks; and how many these are."""
-    column = {name: table.column(name).to_numpy() for name in ("split", "round", "alpha", "index")}
-    keep, left_out = np.ones(table.num_rows, dtype=bool), 0
-    for split in splits(table):
-        for round in rounds(table, split):
-            here = (column["split"] == split) & (column["round"] == round)
-            alphas, indices = column["alpha"][here], column["index"][here]
-            met = [set(indices[alphas == alpha]) for alpha in np.unique(alphas)]
-            lacking = set.union(*met) - set.intersection(*met)
-            keep[here] = ~np.isin(indices, list(lacking))
-            left_out += len(lacking)
-    return table.filter(pa.array(keep)), left_out
 
 
 def _read_file(path: Path) -> tuple[pa.Table, dict[str, Any]]:

@@ -24,7 +24,7 @@ _FEW = 0.005
 _FEWEST = 2
 # An attack that may move one pixel of a hundred is as good as blind.
 _BLIND = 0.99
-# Two float32 passes differ by 1e-5 in a logit, random layers by 1e-2 and more.
+# Of the spread of the logits: two float32 passes differ by 1e-5 of it, random layers by 1e-2.
 _FLOAT_NOISE = 1e-3
 _SIGNIFICANT = 0.05
 
@@ -166,7 +166,7 @@ def _noisy(run: Run) -> _Sight | None:
     k, n = int((noise > _FLOAT_NOISE).sum()), len(noise)
     text = (
         f"{_images(run, k, n)} get other logits in a second forward pass, by up to "
-        f"{noise.max():.2g}."
+        f"{noise.max():.2g} of their spread."
     )
     return _Sight(_many(k, n), k / n, run.alpha, text)
 
@@ -197,7 +197,7 @@ def _helped(fewer: Run, more: Run) -> _Sight | None:
 def _beyond(run: Run) -> _Sight:
     k, n = int(run.standing[:, -1].sum()), len(run.indices)
     text = f"{_images(run, k, n)} withstand an attack whose ball holds every image, where none can."
-    return _Sight(_many(k, n), k / n, run.alpha, text)
+    return _Sight(k > 0, k / n, run.alpha, text)
 
 
 def _selection(measured: list[Run], chosen: float | None) -> Flag:
@@ -208,8 +208,8 @@ def _selection(measured: list[Run], chosen: float | None) -> Flag:
     chooser, reporter = roles(sorted({run.split for run in measured}))
     tried = {run.alpha for run in measured if run.split == chooser} - {0.0}
     reported = {run.alpha for run in measured if run.split == reporter and run.round == MAIN}
-    if not tried:
-        return Flag(name, False, (), f"the {chooser} images have met no alpha to choose.")
+    if len(tried) < 2 and chosen is None:
+        return Flag(name, False, (), f"the {chooser} images have met no alphas to choose from.")
     if chooser == reporter:
         text = (
             f"the {reporter} images, the only ones, have met {len(tried)} alphas besides the base."

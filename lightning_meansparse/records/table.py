@@ -69,8 +69,8 @@ def rows(
 ) -> pa.Table:
     """Turns one batch's evaluation into a records table.
 
-    The first attack of every sample is ``"clean"`` (order 0, kind ``"clean"``, no evaluations); of
-    an evaluation without attacks it is the only one.
+    The first attack of every sample is ``"clean"`` (order 0, kind ``"clean"``), whose evaluations
+    are those on the clean image; of an evaluation without attacks it is the only one.
 
     Args:
         evaluation: an `Evaluation`: ``attacks``, ``labels``, ``indices``, ``clean``, ``standing``,
@@ -112,7 +112,8 @@ def rows(
         rest = _array(evaluation, name, (n, width - 1))
         return np.concatenate([clean[:, None], rest], axis=1).reshape(-1)
 
-    nothing = np.zeros(n, dtype=np.int64)
+    # Attacks come after a second look, at noise and gradient.
+    looks = np.full(n, bool(attacks), dtype=np.int64)
     columns = {
         "split": [split] * (n * width),
         "round": [round] * (n * width),
@@ -123,13 +124,13 @@ def rows(
         "kind": ["clean", *kinds] * n,
         "order": np.tile(np.arange(width), n),
         "standing": per_attack("standing", _array(evaluation, "clean", (n,))),
-        "attacked": per_attack("attacked", nothing.astype(bool)),
+        "attacked": per_attack("attacked", np.zeros(n, dtype=bool)),
         "margin": per_sample("margin").astype(np.float32),
         "noise": per_sample("noise").astype(np.float32),
         "zero_gradient": per_sample("zero_gradient").astype(np.float32),
         "probabilities": per_sample("probabilities"),
-        "forwards": per_attack("forwards", nothing),
-        "backwards": per_attack("backwards", nothing),
+        "forwards": per_attack("forwards", 1 + looks),
+        "backwards": per_attack("backwards", looks),
         "seed": np.full(n * width, int(evaluation.seed)),
     }
     return pa.table(columns, schema=SCHEMA)

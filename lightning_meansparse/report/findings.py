@@ -149,8 +149,8 @@ def find(table: pa.Table, metadata: Mapping[str, Any]) -> Findings:
             f"metadata['chosen_alpha'] must be one of the alphas in the records, {known}. "
             f"Got {chosen:g}."
         )
-    tried = max(map(len, stages[chooser])) > 1
-    chose = reporter == chooser and tried
+    # One alpha beside the base, and no word of a choice: it was given.
+    chose = reporter == chooser and (given is not None or max(map(len, stages[chooser])) > 2)
     headline, sentence = verdict(judged, chose=chose).split(": ", 1)
     if chose:
         notes.append("Measure the chosen alpha on images that chose nothing.")
@@ -207,31 +207,29 @@ def _measured(stages: list[Stage], alpha: float) -> AlphaSummary | None:
 
 def _how_far(stages: Mapping[str, list[Stage]], metadata: Mapping[str, Any]) -> list[str]:
     """Says of a sweep that has not finished how far it is."""
-    unfinished = metadata.get("unfinished")
-    if not isinstance(unfinished, Mapping):
+    if not metadata.get("unfinished"):
         return []
     so_far = ", ".join(
         f"{stage[0].n:,} {split}{'' if _is_main(stage) else f' ({stage[0].round})'}"
         for split, found in stages.items()
         for stage in found
     )
-    notes = [f"The sweep has not finished; images so far: {so_far}."]
-    if left_out := unfinished.get("left_out"):
-        notes.append(f"{left_out:,} more are left out, because some alphas have not met them yet.")
-    return notes
+    return [f"The sweep has not finished; images so far: {so_far}."]
 
 
 def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
-    base, *tried = summaries
-    if not tried:
+    base, *others = summaries
+    # A race drops some early; what they did on fewer images is another comparison.
+    tried = [s for s in others if s.n == base.n]
+    if not tried or not base.robust:
         return []
     best = max(tried, key=lambda s: (s.gain.value, -s.alpha))
-    if not best.robust:
-        return []
+    attacks = "" if _is_main(summaries) else f"under {', '.join(best.robust)}, "
     notes = [
-        f"On the {best.split} images (n = {best.n:,}) no alpha made the model more robust; the "
-        f"best, alpha = {best.alpha:g}, changed its worst case by {100 * best.gain.value:+.1f} "
-        f"points (95% interval {100 * best.gain.low:+.1f} to {100 * best.gain.high:+.1f})."
+        f"On the {best.split} images (n = {best.n:,}), {attacks}no alpha that met all of them made "
+        f"the model more robust; the best, alpha = {best.alpha:g}, changed its worst case by "
+        f"{100 * best.gain.value:+.1f} points (95% interval {100 * best.gain.low:+.1f} to "
+        f"{100 * best.gain.high:+.1f})."
     ]
     seeming = [
         (s.apparent.value - base.apparent.value, s)
