@@ -68,6 +68,9 @@ def linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
 
 
+FGSM = {"attack": "fgsm", "rule": "identity", "kind": "adaptive"}
+"""The cheapest attack that may choose alpha."""
+
 CHEAP = [
     {"attack": "pgd", "options": {"steps": 2}},
     {"attack": "square", "options": {"n_queries": 5}},

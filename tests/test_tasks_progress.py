@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from sweeps import EPS, data, linear, sweep_of, trained_network, trainer, two_signals
+from sweeps import EPS, FGSM, data, linear, sweep_of, trained_network, trainer, two_signals
 
 from lightning_meansparse.classifier import load_classifier
 from lightning_meansparse.sites import find_sites
@@ -57,7 +57,7 @@ def test_a_log_gets_a_line_now_and_then(trained, caplog, monkeypatch):
 
 
 def test_no_progress_bar_means_silence(trained, caplog):
-    sweep = sweep_of(trained, attacks="fgsm")
+    sweep = sweep_of(trained, attacks=FGSM)
     sweep.progress.console = Console(file=io.StringIO(), force_terminal=True)
     with caplog.at_level(logging.INFO, logger="lightning_meansparse.tasks.progress"):
         trainer().validate(sweep, data(), verbose=False)

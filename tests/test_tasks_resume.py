@@ -14,12 +14,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
-from sweeps import data, sweep_of, trained_network, trainer
+from sweeps import FGSM, data, sweep_of, trained_network, trainer
 
 from lightning_meansparse.records import HELD_OUT, read_records
 from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks import AlphaSweep
-from lightning_meansparse.tasks.journal import clear
+from lightning_meansparse.tasks.journal import Journal, clear
 from lightning_meansparse.tasks.measuring import Measurement
 
 pytestmark = [
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
 ]
 
-QUICK = {"alphas": [0.3, 0.6, 1.0], "attacks": "fgsm", "screen": "fgsm"}
+QUICK = {"alphas": [0.3, 0.6, 1.0], "attacks": FGSM, "screen": FGSM}
 RACE = {**QUICK, "select": "racing", "save_examples": True, "check_images": 3}
 
 
@@ -159,17 +159,29 @@ def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch,
     assert contents(tmp_path / "sweep") == contents(whole / "grid")
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_as_well(tmp_path):
-    options = {"devices": 2, "strategy": DDPStrategy(start_method="fork")}
-    module = data(train=120, holdout=70, batch_size=8, test=20)
-    for name in ("whole", "sweep"):
-        sweep = sweep_of(**QUICK, output=tmp_path / name, select="racing")
-        trainer(**options).validate(sweep, module, verbose=False)
-        if name == "sweep":
-            (tmp_path / name / "records.parquet").unlink()  # as if killed before; parts are gone
-            trainer(**options).validate(sweep, module, verbose=False)
-    assert contents(tmp_path / "sweep") == contents(tmp_path / "whole")
+def test_two_processes_find_each_its_own_parts(tmp_path, monkeypatch):
+    folder, module = tmp_path / "sweep", data(train=120, holdout=70, batch_size=8, test=20)
+
+    def validate():
+        both = {"devices": 2, "strategy": DDPStrategy(start_method="fork")}
+        sweep = sweep_of(**QUICK, select="racing", output=folder)
+        trainer(**both).validate(sweep, module, verbose=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "close", lambda *args: None)
+        validate()
+    records = (folder / "records.parquet").read_bytes()
+    (folder / "records.parquet").unlink()  # as if killed right before it was written
+    ranks = {path.stem.rpartition("-")[2] for path in (folder / "parts").iterdir()}
+    assert ranks == {"0", "1"}
+
+    def never(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(Measurement, "_attack", never)
+    validate()
+    assert (folder / "records.parquet").read_bytes() == records
+    assert not (folder / "parts").exists()
 
 
 # ---------------------------------------------------------------------------- finished, or other
@@ -211,9 +223,9 @@ def other_weights():
     [
         (lambda: {"eps": 0.04}, "eps was 0.03, is 0.04"),
         (lambda: {"alphas": [0.3]}, r"alphas was \[0.0, 0.3, 0.6, 1.0\], is \[0.0, 0.3\]"),
-        (lambda: {"attacks": ["fgsm", "pgd"]}, r'attacks was \["fgsm"\], is \["fgsm", "pgd"\]'),
+        (lambda: {"attacks": [FGSM, "pgd"]}, r'attacks was \["fgsm"\], is \["pgd", "fgsm"\]'),
         (
-            lambda: {"attacks": {"attack": "fgsm", "options": {"step_size": 0.5}}},
+            lambda: {"attacks": {**FGSM, "options": {"step_size": 0.5}}},
             r"attacks\[fgsm\].options.step_size was 1.0, is 0.5",
         ),
         (lambda: {"select": "racing"}, 'select.method was "grid", is "racing"'),

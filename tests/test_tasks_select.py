@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 
 from lightning_meansparse.attacks import ATTACKS, resolve_attacks
 from lightning_meansparse.records import HELD_OUT, MAIN, SCHEMA, Paired, rows, summarize
+from lightning_meansparse.tasks.racing import FIRST, LEVEL, Racing
+from lightning_meansparse.tasks.rounds import Fixed, Round
 from lightning_meansparse.tasks.selection import (
-    FIRST,
-    LEVEL,
     Apparent,
     CleanBudget,
-    Fixed,
     Grid,
-    Racing,
-    Round,
+    check_attacks,
     check_select,
     strategy,
 )
@@ -304,3 +302,34 @@ def test_what_no_strategy_can_work_with_is_refused(options, message):
     blind = resolve_attacks("square")
     with pytest.raises(ValueError, match=message):
         check_select(**{"select": "grid", "attacks": blind, "clean_budget": 0.01, **options})
+
+
+def test_stronger_attacks_decide_between_those_that_the_screen_has_left():
+    """0.3 shines under the screen; attacks that know the operator see through it."""
+    attacks = resolve_attacks(["pgd", "adaptive-dlr"])
+    world = world_of({0.0: 0.5, 0.2: 0.7, 0.3: 0.705}, agreement=1.0)
+    for alpha, flags in world.items():
+        flags["adaptive-dlr"] = flags["fgsm"] & (alpha != 0.3)
+    plan = Racing((0.0, 0.2, 0.3), attacks, SCREEN, samples=400)
+    rounds, table = play(plan, world)
+    assert [round.name for round in rounds] == [*(f"race-{i}" for i in range(1, 6)), MAIN]
+    assert [spec.name for spec in rounds[-2].attacks] == ["adaptive-dlr"]
+    assert (rounds[-2].start, rounds[-2].stop) == (0, None)
+    assert rounds[-2].alphas == (0.0, 0.2, 0.3)
+    assert rounds[-1].alphas == (0.0, 0.2)
+    assert plan.choice(table) == 0.2
+    alone = {alpha: world[alpha] for alpha in (0.0, 0.2)}
+    rounds, _ = play(Racing((0.0, 0.2), attacks, SCREEN, samples=400), alone)
+    assert [round.name for round in rounds[-2:]] == ["race-4", MAIN]
+
+
+@pytest.mark.parametrize("name", ["attacks", "screen"])
+def test_appearance_chooses_under_its_own_name_only(name):
+    seeing, blind = resolve_attacks("adaptive-ce"), resolve_attacks(["fgsm", "apgd-t"])
+    suites = {"attacks": seeing, "screen": seeing, name: blind}
+    with pytest.raises(ValueError, match=rf"^{name} must hold .*'fgsm'.*'apparent_robustness'"):
+        check_attacks("racing", alphas=(0.0, 0.1), **suites)
+    for select in ("clean_budget", "apparent_robustness"):
+        check_attacks(select, alphas=(0.0, 0.1), **suites)
+    check_attacks("racing", alphas=(0.0,), **suites)
+    check_attacks("grid", alphas=(0.0, 0.1), attacks=seeing, screen=blind)

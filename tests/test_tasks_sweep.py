@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from sweeps import CHEAP, EPS, data, sweep_of, trained_network, trainer, two_signals
+from sweeps import CHEAP, EPS, FGSM, data, sweep_of, trained_network, trainer, two_signals
 from torch.utils.data import (
     DataLoader,
     TensorDataset,
@@ -95,7 +95,7 @@ def test_records_logs_and_files_say_the_same(trained, tmp_path):
 
 
 def test_every_alpha_can_be_tested_without_a_choice(trained):
-    sweep = sweep_of(trained, attacks="fgsm", test_alphas="all")
+    sweep = sweep_of(trained, attacks=FGSM, test_alphas="all")
     trainer().test(sweep, data(), verbose=False)
     assert [s.alpha for s in sweep.summaries[TEST]] == [0.0, 0.3, 1.0]
     assert sweep.chosen_alpha is None
@@ -104,7 +104,7 @@ def test_every_alpha_can_be_tested_without_a_choice(trained):
 
 
 def test_the_base_alone_needs_no_operators(trained, tmp_path):
-    sweep = sweep_of(trained, attacks="fgsm", alphas=[], output=tmp_path)
+    sweep = sweep_of(trained, attacks=FGSM, alphas=[], output=tmp_path)
     trainer().validate(sweep, data(), verbose=False)
     assert sweep.chosen_alpha == 0
     assert operators(sweep.classifier) == {}
@@ -112,10 +112,10 @@ def test_the_base_alone_needs_no_operators(trained, tmp_path):
 
 
 def test_statistics_that_are_there_are_kept_and_stale_ones_are_not(trained, tmp_path):
-    first = sweep_of(trained, attacks="fgsm", output=tmp_path)
+    first = sweep_of(trained, attacks=FGSM, output=tmp_path)
     trainer().validate(first, data(), verbose=False)
     means = {name: op.mean.clone() for name, op in operators(first.classifier).items()}
-    given = sweep_of(trained, attacks="fgsm", adapter=tmp_path / "adapter")
+    given = sweep_of(trained, attacks=FGSM, adapter=tmp_path / "adapter")
     trainer().validate(given, data(seed=5), verbose=False)
     assert all(torch.equal(op.mean, means[n]) for n, op in operators(given.classifier).items())
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_two_processes_measure_what_one_does(trained, tmp_path):
             },
         ),
     ):
-        sweep = sweep_of(trained, attacks=CHEAP[:1], output=tmp_path / name)
+        sweep = sweep_of(trained, attacks=FGSM, output=tmp_path / name)
         trainer(**options).validate(sweep, data(holdout=15, batch_size=4), verbose=False)
     one, two = (read_records(tmp_path / name / "records.parquet")[0] for name in ("one", "two"))
     assert one.num_rows == 15 * 3 * 2

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 from lightning_meansparse.adapter.base import fingerprint
 from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.records import AlphaSummary, environment, verdict
+from lightning_meansparse.tasks.rounds import Round
 from lightning_meansparse.tasks.samples import Samples, first_samples
-from lightning_meansparse.tasks.selection import Round
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
 
 _HASHED = 32
-"""Samples that are looked at of data without a fingerprint of their own."""
+"""Samples that are compared of data without a fingerprint of their own; the others are trusted."""
 
 _DIGITS = 16
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
 from lightning_meansparse.records import read_records, write_records
 from lightning_meansparse.tasks.files import write_file, write_json
-from lightning_meansparse.tasks.selection import Round
+from lightning_meansparse.tasks.rounds import Round
 
 _log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def clear(folder: Path, *, command: str) -> None:
     written = [folder / name for name in _written(folder)]
     written += [*(folder / _PARTS).glob("*.parquet"), *(folder / _EXAMPLES).glob("*.safetensors")]
     # The configuration last: without it nobody could tell whose the rest is.
-    for path in sorted(written, key=lambda path: path.name == CONFIGURATION):
+    for path in sorted(set(written), key=lambda path: path.name == CONFIGURATION):
         path.unlink()
 
 
@@ -232,7 +232,8 @@ def _written(folder: Path) -> list[str]:
     """Which files of a sweep there are, as paths inside the folder."""
     adapter = [f"{ADAPTER}/{name}" for name in (CONFIG_NAME, TENSORS_NAME)]
     names = (RECORDS, SITES, *adapter, CONFIGURATION)
-    return [name for name in names if (folder / name).exists()]
+    parts = [f"{_PARTS}/{path.name}" for path in sorted((folder / _PARTS).glob("*.parquet"))]
+    return [*(name for name in names if (folder / name).exists()), *parts[:1]]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from lightning_meansparse.attacks import CHECKS, BaseExamples, check_eps, evaluate
 from lightning_meansparse.records import SCHEMA, rows
 from lightning_meansparse.surgery import alpha_set
+from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.ranks import merged_table
+from lightning_meansparse.tasks.rounds import Plan, Round
 from lightning_meansparse.tasks.samples import Samples
-from lightning_meansparse.tasks.selection import Plan, Round
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
@@ -122,6 +123,8 @@ class Measurement:
         found = {batch: self.journal.part(self.split, round, batch) for batch in wanted}
         self._parts = {batch: part for batch, part in found.items() if part is not None}
         self._todo = {batch: rows for batch, rows in wanted.items() if batch not in self._parts}
+        about = facts.about_rounds(self.sweep, self.rounds)
+        self.journal.about["rounds"] = {**self.sweep.rounds, self.split: about}
         if self._parts and self.journal.rank == 0:
             _log.info(
                 "%s, round %s: going on, %d of %d batches were measured before",
@@ -158,7 +161,7 @@ class Measurement:
                     indices=indices,
                     base=pool,
                     progress=progress.tell,
-                    keep_examples=sweep.save_examples,
+                    keep_examples=sweep.save_examples and bool(round.attacks),
                 )
             tables.append(rows(evaluation, alpha=alpha, split=self.split, round=round.name))
             progress.spent(evaluations(tables[-1]))

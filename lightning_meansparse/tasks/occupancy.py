@@ -17,6 +17,9 @@ FORMAT_VERSION = 1
 _REACH = 4.0
 """Half-width of a histogram, in standard deviations."""
 
+ENOUGH = 512
+"""Images to count on, on each rank: each costs a forward pass at every alpha."""
+
 
 class Occupancy:
     """Counts, per site, alpha and channel, how many values the operator replaces.
@@ -45,7 +48,9 @@ class Occupancy:
         self.seen = dict.fromkeys(channels, 0.0)
 
     def update(self, model: nn.Module, images: Tensor) -> None:
-        """Run one batch at every alpha, each with all sites at work, and count."""
+        """Run one batch at every alpha, each with all sites at work, and count; until `ENOUGH`."""
+        if self.images >= ENOUGH:
+            return
         self.images += len(images)
         for place, alpha in enumerate(self.alphas):
 

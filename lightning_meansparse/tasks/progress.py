@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from lightning_meansparse.attacks import AttackSpec
 from lightning_meansparse.records import MAIN
-from lightning_meansparse.tasks.selection import Round
+from lightning_meansparse.tasks.rounds import Round
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,9 @@ def work(spec: AttackSpec) -> float:
             # A step goes forward and backward.
             passes = float(value if name == "n_queries" else 3 * value)
             break
-    for name in ("n_restarts", "n_targets"):
+    # Restarts for the few samples that are close hardly count.
+    each = ("n_targets",) if options.get("close", 1) < 1 else ("n_restarts", "n_targets")
+    for name in each:
         value = options.get(name)
         passes *= value if isinstance(value, int) and value > 0 else 1
     return max(passes, 1.0)

@@ -25,7 +25,7 @@ from lightning_meansparse.data.module import ImagePart
 from lightning_meansparse.surgery import images_in
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.ranks import gathered
-from lightning_meansparse.tasks.selection import Round
+from lightning_meansparse.tasks.rounds import Round
 
 _ASK = (
     "Give a DataLoader over a dataset with __len__ and __getitem__, with shuffle=False; "

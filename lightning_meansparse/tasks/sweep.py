@@ -39,6 +39,7 @@ from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
 from lightning_meansparse.tasks.ranks import summed
 from lightning_meansparse.tasks.results import judged, numbers, write_adapter, write_results
+from lightning_meansparse.tasks.rounds import Fixed, Round, Selection
 from lightning_meansparse.tasks.samples import (
     Samples,
     batch_indices,
@@ -47,14 +48,7 @@ from lightning_meansparse.tasks.samples import (
     first_samples,
     only_loader,
 )
-from lightning_meansparse.tasks.selection import (
-    Fixed,
-    Round,
-    Select,
-    Selection,
-    check_select,
-    strategy,
-)
+from lightning_meansparse.tasks.selection import Select, check_attacks, check_select, strategy
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +67,8 @@ class AlphaSweep(LightningModule):
 
     - `"grid"`: every attack at every alpha on every image; the largest worst-case gain.
     - `"racing"`: a cheap strong attack first, on few images, then more; what is worse by a paired
-      test is dropped. Base and the best alpha, if it gains, meet all attacks on all images.
+      test is dropped. Stronger attacks decide between those that are left, and base and the best
+      alpha, if it gains, meet all attacks on all images.
     - `"clean_budget"`: the largest alpha that costs at most `clean_budget` of clean accuracy, by
       bisection; its robustness is not looked at before the test.
     - `"apparent_robustness"`: the largest accuracy under attacks that follow the exact gradient.
@@ -124,11 +119,12 @@ class AlphaSweep(LightningModule):
         notes: Anything to keep in the records' metadata, such as the command.
 
     Raises:
-        ValueError: If an alpha is negative, a name unknown, or `eps` out of range.
+        ValueError: If an alpha is negative, a name unknown, or `eps` out of range; by `validate`,
+            if the attacks that choose all follow the exact gradient.
 
     Examples:
         >>> from lightning_meansparse.demo import ConvNet
-        >>> sweep = AlphaSweep(ConvNet(width=4), alphas=[0.3, 0.1], attacks="pgd", eps="8/255")
+        >>> sweep = AlphaSweep(ConvNet(width=4), alphas=[0.3, 0.1], eps="8/255")
         >>> sweep.alphas
         (0.0, 0.1, 0.3)
     """
@@ -249,6 +245,7 @@ class AlphaSweep(LightningModule):
 
     def on_validation_start(self) -> None:
         """Insert and calibrate the operators, unless the model came with them."""
+        check_attacks(self.select, alphas=self.alphas, attacks=self.attacks, screen=self.screen)
         samples, journal = self._begin(
             HELD_OUT, self.trainer.val_dataloaders, self.trainer.num_val_batches
         )
@@ -348,6 +345,8 @@ class AlphaSweep(LightningModule):
             self.calibration = found
             if journal.adapter is None and journal.folder is not None and journal.rank == 0:
                 write_adapter(self, journal.folder)
+        if self.chosen_alpha is not None and operators(self.classifier):
+            set_alpha(self.classifier, self.chosen_alpha)
         journal.about = self.metadata()
         return samples, journal
 
