@@ -91,6 +91,11 @@ def tell(console: Console, findings: Findings) -> None:
     console.print(Text(signs(f"{findings.headline}: {findings.sentence}"), style="bold"))
     for note in findings.notes:
         console.print(Text(capital(signs(note))))
+    tell_flags(console, findings)
+
+
+def tell_flags(console: Console, findings: Findings) -> None:
+    """Print the reasons to doubt the numbers, and what was looked for without finding it."""
     for flag in findings.raised:
         style = "bold yellow" if findings.concerns(flag) else "bold"
         head, seen = signs(flag_head(flag)), signs(flag.seen)

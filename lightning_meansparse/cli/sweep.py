@@ -9,7 +9,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.text import Text
 
-from lightning_meansparse.cli.console import READING, calm, make_console, results_table, tell
+from lightning_meansparse.cli.console import (
+    READING,
+    calm,
+    make_console,
+    results_table,
+    tell,
+    tell_flags,
+)
 from lightning_meansparse.cli.lightning import RecipeCLI
 from lightning_meansparse.report import find, write_report
 from lightning_meansparse.report.cells import stage_label
@@ -57,6 +64,8 @@ def show(console: Console, sweep: AlphaSweep) -> None:
             console.print(f"\n[bold]{split} images[/], n = {summaries[0].n:,}")
             console.print(results_table(summaries))
         console.print(READING)
+        console.print()
+        tell_flags(console, find(sweep.records, sweep.metadata()))
         return
     findings = find(sweep.records, sweep.metadata())
     for stage in reversed(findings.in_order):  # what the verdict speaks of stands next to it
