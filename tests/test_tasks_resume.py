@@ -18,7 +18,6 @@ from sweeps import FGSM, data, sweep_of, trained_network, trainer
 
 from lightning_meansparse.records import HELD_OUT, read_records
 from lightning_meansparse.surgery import alpha_set
-from lightning_meansparse.tasks import AlphaSweep
 from lightning_meansparse.tasks.journal import Journal, clear
 from lightning_meansparse.tasks.measuring import Measurement
 
@@ -328,7 +327,7 @@ def test_clearing_takes_what_a_sweep_of_the_same_command_wrote_and_nothing_else(
 
 def test_kept_examples_are_those_that_the_records_speak_of(whole):
     table, metadata = read_records(whole / "racing" / "records.parquet")
-    sweep = AlphaSweep(trained_network(), adapter=whole / "racing" / "adapter", eps=0.03)
+    sweep = sweep_of(adapter=whole / "racing" / "adapter")
     images = data(train=120, holdout=70, batch_size=16, test=20)
     images.setup()
     part = images.parts["holdout"]

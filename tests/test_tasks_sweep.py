@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from sweeps import CHEAP, EPS, FGSM, data, sweep_of, trained_network, trainer, two_signals
+from sweeps import EPS, FGSM, data, sweep_of, trained_network, trainer, two_signals
 from torch.utils.data import (
     DataLoader,
     TensorDataset,
