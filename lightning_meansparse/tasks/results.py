@@ -56,11 +56,11 @@ def write_results(sweep: AlphaSweep, run: Measurement, sites: dict[str, Any] | N
     journal = run.journal
     if journal.folder is None or journal.rank:
         return
-    if operators(sweep.classifier):
-        write_adapter(sweep, journal.folder)
     if run.fresh:
         if sites is not None:
             write_json(sites, journal.folder / SITES)
+        if operators(sweep.classifier):
+            write_adapter(sweep, journal.folder)
         tables = [run.table, *journal.elsewhere(run.split)]
         write_records(tables, journal.folder / RECORDS, sweep.metadata())
     journal.close(run.split)

@@ -341,12 +341,12 @@ class AlphaSweep(LightningModule):
         # Tensors made under inference mode could never be differentiated again.
         with torch.inference_mode(False), torch.no_grad(), self.progress.down_on_error():
             found = calibrated(self, journal.adapter)
+        if self.chosen_alpha is not None and operators(self.classifier):
+            set_alpha(self.classifier, self.chosen_alpha)
         if found is not None:
             self.calibration = found
             if journal.adapter is None and journal.folder is not None and journal.rank == 0:
                 write_adapter(self, journal.folder)
-        if self.chosen_alpha is not None and operators(self.classifier):
-            set_alpha(self.classifier, self.chosen_alpha)
         journal.about = self.metadata()
         return samples, journal
 
