@@ -195,6 +195,7 @@ class TestFindings:
 
     def test_test_images_that_had_to_choose_are_said_too(self, tmp_path: Path) -> None:
         shares = {0.0: (84.0, 68.0, 65.7, 65.7, 60.0), 0.2: (84.0, 69.0, 67.7, 67.3, 66.0)}
+        shares[0.4] = (84.0, 60.0, 58.0, 57.0, 50.0)
         table, _ = read_records(make_sweep(tmp_path, shares=shares, n=0) / "records.parquet")
         found = find(table, {})
         assert (found.chooser, found.reporter, found.chosen) == (TEST, TEST, 0.2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from sweeps import EPS, data, linear, net, trainer
+from sweeps import EPS, FGSM, data, linear, net, trainer
 from timm.optim import Lamb
 from timm.scheduler import CosineLRScheduler
 from torch.optim import AdamW
@@ -303,7 +303,7 @@ def test_batches_of_every_usual_form():
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
-    sweep = AlphaSweep(linear(), attacks="fgsm", eps=EPS, output=tmp_path / "file" / "sweep")
+    sweep = AlphaSweep(linear(), attacks=FGSM, eps=EPS, output=tmp_path / "file" / "sweep")
     with pytest.raises(ValueError, match="output must be a folder that can be written to"):
         trainer().validate(sweep, data())
     task = AdversarialTraining(linear(), eps=EPS, save_to=tmp_path / "file" / "model")

@@ -224,9 +224,10 @@ def _why_the_base_stays(summaries: list[AlphaSummary]) -> list[str]:
     if not tried or not base.robust:
         return []
     best = max(tried, key=lambda s: (s.gain.value, -s.alpha))
-    attacks = "" if _is_main(summaries) else f"under {', '.join(best.robust)}, "
+    attacks = "" if _is_main(summaries) else f"under {', '.join(best.robust)} "
+    met = " that met all of them" if len(tried) < len(others) else ""
     notes = [
-        f"On the {best.split} images (n = {best.n:,}), {attacks}no alpha that met all of them made "
+        f"On the {best.split} images (n = {best.n:,}) {attacks}no alpha{met} made "
         f"the model more robust; the best, alpha = {best.alpha:g}, changed its worst case by "
         f"{100 * best.gain.value:+.1f} points (95% interval {100 * best.gain.low:+.1f} to "
         f"{100 * best.gain.high:+.1f})."

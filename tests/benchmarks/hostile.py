@@ -93,12 +93,13 @@ def main() -> None:
     data = ImageDataModule(args.data, holdout=0.1)
     data.setup("test")
     whole = data.test_dataloader().dataset
+    place = {int(row): i for i, row in enumerate(whole.rows)}
     records, _ = read_records(args.records)
     found: dict[str, dict[str, int]] = {}
     for alpha in args.alphas:
         standing, count = left_standing(records, alpha, args.n)
-        images = torch.stack([whole[i][0] for i in standing])
-        labels = torch.tensor([int(whole[i][1]) for i in standing])
+        images = torch.stack([whole[place[i]][0] for i in standing])
+        labels = torch.tensor([int(whole[place[i]][1]) for i in standing])
         set_alpha(classifier, alpha)
         with attackable(classifier) as (model, _):
             found[f"{alpha:g}"] = {"n": count, "standing": len(standing)}

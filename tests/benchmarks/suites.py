@@ -24,7 +24,7 @@ from lightning_meansparse import calibrate_, find_sites, load_classifier, sparsi
 from lightning_meansparse.attacks import evaluate
 from lightning_meansparse.data import ImageDataModule
 
-SUITES = ("quick", "basic", "adaptive", "standard", "full")
+SUITES = ("quick", "standard", "full")
 
 
 def main() -> None:
