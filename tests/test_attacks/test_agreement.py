@@ -254,7 +254,6 @@ def test_budgets_of_nothing_are_refused(cls: type, options: dict[str, Any], mess
         cls(Linear(3), **options)
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="not measured yet")
 def test_the_record_agrees() -> None:
     record = json.loads(RECORD.read_text())
     assert record["settings"]["n"] >= 500
