@@ -29,6 +29,7 @@ HOMES: dict[str, str] = {name: home for home, names in API._ROOMS.items() for na
 # A room imports only from rooms to its left. `demo` holds data and one network, so anyone may.
 ORDER = [
     "demo",
+    "networks",
     "layer",
     "moments",
     "sites",
