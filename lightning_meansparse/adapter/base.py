@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.moments import Statistics
 from lightning_meansparse.surgery import operators
 
 Provenance = Literal["fresh", "stale", "unknown"]
@@ -121,10 +122,17 @@ class Fingerprint:
         return next(iter(self.hashes.values()), "none")[:12]
 
 
-def mark_measured(model: nn.Module) -> None:
-    """Note in the model that the statistics it holds were measured on the weights it holds."""
+def mark_measured(model: nn.Module, statistics: Statistics) -> None:
+    """Note in the model that its statistics were measured on its weights, and how averaged."""
     module = scope(model)
-    vars(module)[_MARK] = (Fingerprint.of(module), statistics_hash(module))
+    vars(module)[_MARK] = (Fingerprint.of(module), statistics_hash(module), statistics)
+
+
+def noted_statistics(model: nn.Module) -> Statistics | None:
+    """How the model's statistics were averaged; None if nobody noted it of these."""
+    module = scope(model)
+    mark: tuple[Fingerprint, str, Statistics] | None = vars(module).get(_MARK)
+    return mark[2] if mark is not None and mark[1] == statistics_hash(module) else None
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -144,7 +152,7 @@ def provenance(model: nn.Module) -> Provenance:
     there knows.
     """
     module = scope(model)
-    mark: tuple[Fingerprint, str] | None = vars(module).get(_MARK)
+    mark: tuple[Fingerprint, str, Statistics] | None = vars(module).get(_MARK)
     if mark is None or mark[1] != statistics_hash(module):
         return "unknown"
     return "fresh" if mark[0].matches(module) else "stale"

@@ -21,6 +21,7 @@ from lightning_meansparse.adapter.base import (
     Fingerprint,
     fingerprint,
     mark_measured,
+    noted_statistics,
     provenance,
     public_name,
     scope,
@@ -47,7 +48,7 @@ def save_adapter(
     *,
     base: str | None = None,
     revision: str | None = None,
-    statistics: Statistics = "pooled",
+    statistics: Statistics | None = None,
     calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -64,7 +65,7 @@ def save_adapter(
         base: Name of the base model, such as ``"timm/resnet18"``. Taken from a ``Classifier`` in
             the model if not given. Of a local folder only the last name is written.
         revision: Revision of the base, such as a commit hash.
-        statistics: How the statistics were averaged, as given to ``calibrate_``.
+        statistics: As given to ``calibrate_``; None takes what the model notes, or ``"pooled"``.
         calibration: Facts about the calibration data, such as
             ``{"dataset": "cifar10", "split": "train", "images": 50000}``.
         evaluation: Measured results; must name ``n``, ``eps``, ``norm`` and ``attacks``.
@@ -199,7 +200,7 @@ def describe(
     *,
     base: str | None = None,
     revision: str | None = None,
-    statistics: Statistics = "pooled",
+    statistics: Statistics | None = None,
     calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> Adapter:
@@ -236,7 +237,7 @@ def describe(
         tensors=tensors,
         fingerprint=fingerprint(model),
         center=centers.pop(),
-        statistics=statistics,
+        statistics=statistics or noted_statistics(model) or "pooled",
         source=None if base is None else public_name(base),
         revision=revision,
         calibration=calibration,
@@ -281,7 +282,7 @@ def insert(model: nn.Module, adapter: Adapter, *, check_base: bool = True) -> No
         restore_(module)
         raise
     if check_base:
-        mark_measured(model)
+        mark_measured(model, adapter.statistics)
 
 
 def from_checkpoint(checkpoint: Mapping[str, Any], where: str) -> Adapter:

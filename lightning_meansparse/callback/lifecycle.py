@@ -323,7 +323,7 @@ class MeanSparseCallback(Callback):
                 counted = Counted(to_device(trainer, batch) for batch in data.batches())
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
-                mark_measured(model)
+                mark_measured(model, self.statistics)
         except BaseException:
             restore_(model)
             raise

@@ -80,7 +80,7 @@ def calibrated(sweep: AlphaSweep, measured: Path | None) -> dict[str, Any] | Non
     except BaseException:
         restore_(classifier)  # operators without statistics would pass for a sparsified model
         raise
-    mark_measured(classifier)
+    mark_measured(classifier, sweep.statistics)
     images_seen = summed(torch.tensor(counted.images), sweep.device)
     return {"data": data.origin, "images": int(images_seen)}
 
