@@ -22,6 +22,7 @@ __all__ = [
     "backward_rule",
     "calibrate_",
     "find_sites",
+    "import_robustbench",
     "load_adapter",
     "load_classifier",
     "mean_sparse",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.data import ImageDataModule
     from lightning_meansparse.layer import MeanSparse, mean_sparse
     from lightning_meansparse.metrics import RobustAccuracy
+    from lightning_meansparse.robustbench import import_robustbench
     from lightning_meansparse.sites import Site, find_sites
     from lightning_meansparse.surgery import (
         backward_rule,
@@ -57,6 +59,7 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         "data": ("ImageDataModule",),
         "layer": ("MeanSparse", "mean_sparse"),
         "metrics": ("RobustAccuracy",),
+        "robustbench": ("import_robustbench",),
         "sites": ("Site", "find_sites"),
         "surgery": ("backward_rule", "calibrate_", "restore_", "set_alpha", "sparsify_"),
         "tasks": ("AdversarialTraining", "AlphaSweep"),
