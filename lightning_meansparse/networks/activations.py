@@ -57,8 +57,10 @@ def make_activation(act_layer: Activation) -> nn.Module:
     """
     if isinstance(act_layer, str):
         return PSSiLU() if act_layer.lower() == "pssilu" else _of_timm(act_layer)
-    made = act_layer() if callable(act_layer) else act_layer
-    if not callable(act_layer) or not isinstance(made, nn.Module) or made is act_layer:
+    made = None
+    if callable(act_layer) and not isinstance(act_layer, nn.Module):
+        made = act_layer()
+    if not isinstance(made, nn.Module):
         raise TypeError(
             "act_layer must be a name such as 'gelu', or a class or function that makes a new "
             f"module at every call, got {act_layer!r:.80}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_meansparse.networks.activations import Activation, make_activation
-from lightning_meansparse.networks.facts import cifar_cfgs, initialise
+from lightning_meansparse.networks.facts import check_stages, cifar_cfgs, initialise
 
 __all__ = ["CifarResNet"]
 
@@ -55,6 +55,7 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        check_stages(depths=depths)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.stages = [f"layer{index + 1}" for index in range(len(depths))]
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models import PretrainedCfg
@@ -33,6 +34,21 @@ def cifar_cfgs(name: str, **layers: Any) -> dict[str, dict[str, Any] | Pretraine
         }
         for data, numbers in _NORMALISATION.items()
     }
+
+
+def check_stages(**sizes: Sequence[int]) -> None:
+    """Refuse what is no list of positive integers, or lists that are not one number per stage.
+
+    Raises:
+        ValueError: If so.
+    """
+    for name, numbers in sizes.items():
+        listed = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
+        if not listed or not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f"{name} must be a list of positive integers, got {numbers!r}")
+    if len({len(numbers) for numbers in sizes.values()}) > 1:
+        shown = ", ".join(f"{name}={numbers!r}" for name, numbers in sizes.items())
+        raise ValueError(f"one number per stage is needed in each of {shown}")
 
 
 def initialise(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
 from lightning_meansparse.networks.activations import Activation, make_activation
-from lightning_meansparse.networks.facts import initialise
+from lightning_meansparse.networks.facts import check_stages, initialise
 
 __all__ = ["RaWideResNet"]
 
@@ -83,6 +83,7 @@ class RaWideResNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        check_stages(depths=depths, widths=widths, group_widths=group_widths)
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, widths[-1]
         self.stem = _Stem(in_chans, stem_width)
         self.stages = nn.Sequential()

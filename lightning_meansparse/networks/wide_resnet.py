@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchvision.ops import SqueezeExcitation
 
 from lightning_meansparse.networks.activations import Activation, make_activation
-from lightning_meansparse.networks.facts import cifar_cfgs, initialise
+from lightning_meansparse.networks.facts import check_stages, cifar_cfgs, initialise
 
 __all__ = ["WideResNet"]
 
@@ -76,6 +76,7 @@ class WideResNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        check_stages(depths=depths, widths=widths)
         self.num_classes, self.in_chans = num_classes, in_chans
         self.init_conv = nn.Conv2d(in_chans, stem_width, 3, padding=1, bias=False)
         self.layer = nn.Sequential()
