@@ -148,7 +148,13 @@ def test_transformers_models_get_the_normalisation_of_their_processor(transforme
     [
         {"do_normalize": False},
         {"do_rescale": False},
-        {"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False},
+        {
+            "rescale_factor": 1 / 127.5,
+            "rescale_offset": True,
+            "do_normalize": False,
+            "include_top": False,
+            "image_processor_type": "EfficientNetImageProcessor",
+        },
         {"rescale_factor": 1 / 127.5},
     ],
 )
@@ -171,9 +177,8 @@ def test_transformers_without_a_known_normalisation_asks_for_it(transformers_fol
     with pytest.raises(ValueError, match="give mean= and std="):
         load_classifier(folder)
     assert load_classifier(folder, mean=0, std=1).mean.shape == (1, 1, 1)
-    write_processor(folder, do_flip_channel_order=True)
-    with pytest.raises(ValueError, match="BGR"):
-        load_classifier(folder)
+    write_processor(folder)
+    assert load_classifier(folder).mean.shape == (3, 1, 1)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="may run code and is not opened"):
         load_classifier(folder)
@@ -367,8 +372,8 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"names the class 'os\.system'; allowed are"):
         attempt(**{"class": "os.system"})
-    for version in (2, "1", True, None):
-        with pytest.raises(ValueError, match=f"format_version {version!r}, this version reads 1"):
+    for version in (3, "1", True, None):
+        with pytest.raises(ValueError, match=f"version {version!r}, this version reads 1 and 2;"):
             attempt(format_version=version)
     with pytest.raises(ValueError, match=r"does not fit its config\.json"):
         attempt(options={"width": 8})
@@ -382,7 +387,20 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         attempt()
 
 
-@pytest.mark.parametrize("key", ["class", "options", "mean", "std", "num_classes", "input_size"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "class",
+        "options",
+        "mean",
+        "std",
+        "bgr",
+        "normalisation",
+        "labels",
+        "num_classes",
+        "input_size",
+    ],
+)
 def test_a_config_that_lacks_a_key_names_file_and_key(tmp_path: Path, key: str) -> None:
     path = save_classifier(load_classifier(ConvNet(width=4)), tmp_path) / "config.json"
     config = json.loads(path.read_text())
@@ -415,6 +433,12 @@ def test_a_config_that_lacks_a_key_names_file_and_key(tmp_path: Path, key: str) 
         ("input_size", [1, 28, 0]),
         ("input_size", [3, 28, 28, 1]),
         ("metrics", []),
+        ("bgr", 1),
+        ("bgr", True),  # of grey images
+        ("normalisation", None),
+        ("labels", "abc"),
+        ("labels", ["a", 1]),
+        ("labels", ["a"]),  # for ten classes
     ],
 )
 def test_a_config_with_a_wrong_value_names_file_and_key(tmp_path: Path, key, value) -> None:

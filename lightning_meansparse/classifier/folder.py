@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from lightning_meansparse.classifier.libraries import build, require_safetensors
+from lightning_meansparse.classifier.libraries import build
+from lightning_meansparse.classifier.loaded import require_safetensors
 from lightning_meansparse.classifier.wrapper import Classifier
 from lightning_meansparse.demo.network import ConvNet
 
 FORMAT = "lightning_meansparse.classifier"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew neither labels, normalisation nor bgr
+READABLE = (1, 2)
 # Classes that a config.json may name, with the arguments that are attributes of the same name. Only
 # these are built: a file must not be able to call what it likes.
 CLASSES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -65,6 +67,9 @@ def save_classifier(
         "input_size": classifier.input_size,
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
+        "bgr": classifier.bgr,
+        "normalisation": classifier.normalisation,
+        "labels": classifier.labels,
         "metrics": dict(classifier.metrics if metrics is None else metrics),
     }
     try:
@@ -114,17 +119,19 @@ def load_folder(folder: Path, config: Mapping[str, Any]) -> Classifier:
     """
     path = folder / "config.json"
     version = config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise ValueError(
             f"{folder} has format_version {version!r:.80}, this version reads "
-            f"{FORMAT_VERSION}; update lightning_meansparse"
+            f"{' and '.join(map(str, READABLE))}; update lightning_meansparse"
         )
     require_safetensors(folder)
     size = _get(config, "input_size", path)
+    config = {"metrics": None, **(_NEW if version == 1 else {}), **config}
     facts = {
-        **{key: _get(config, key, path) for key in ("mean", "std", "num_classes")},
+        **{
+            key: _get(config, key, path) for key in ("mean", "std", "num_classes", "metrics", *_NEW)
+        },
         "input_size": size and tuple(size),
-        "metrics": _get({"metrics": None, **config}, "metrics", path),
     }
     kind = "class" if "class" in config else "source"
     origin = {key: _get(config, key, path) for key in (kind, "options")}
@@ -167,9 +174,16 @@ def _are_numbers(value: object) -> bool:
     )
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
 
+
+# What version 1 lacks, with the values that it meant.
+_NEW = {"bgr": False, "normalisation": "config.json", "labels": None}
 
 # Classifier itself checks what these values must be to each other.
 _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -180,6 +194,9 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "std": ("a list of numbers", _are_numbers),
     "num_classes": ("a positive integer or null", lambda value: value is None or _is_count(value)),
     "input_size": ("[C, H, W] or null", lambda value: value is None or _is_size(value)),
+    "bgr": ("true or false", lambda value: isinstance(value, bool)),
+    "normalisation": ("a text", lambda value: isinstance(value, str)),
+    "labels": ("a list of texts or null", lambda value: value is None or _are_texts(value)),
     "metrics": ("an object or null", lambda value: value is None or isinstance(value, dict)),
 }
 

@@ -1,4 +1,4 @@
-"""What we know of timm, torchvision and transformers: how to build a model, and its normalisation.
+"""What we know of timm and torchvision: how to build a model, its normalisation, its classes.
 
 Weights are opened by safetensors, or by `torch.load(weights_only=True)` where a library's own
 published weights are older than that; a folder on disk must have safetensors.
@@ -7,42 +7,25 @@ published weights are older than that; a folder on disk must have safetensors.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-Options = Mapping[str, Any]
-
-# How the libraries' arguments that fetch or open weights begin.
-_WEIGHTS = ("checkpoint", "pretrained", "weights")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model with what its library says about it.
-
-    Args:
-        model: The module.
-        num_classes: Number of logits.
-        mean: Per channel; None if the library does not say.
-        std: Per channel; None if the library does not say.
-        input_size: `(C, H, W)`; None if the library does not say.
-        origin: How `build` makes the same architecture again, as JSON types.
-        revision: The commit, where known.
-    """
-
-    model: nn.Module
-    num_classes: int | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    input_size: tuple[int, int, int] | None
-    origin: dict[str, Any]
-    revision: str | None = None
-
+from lightning_meansparse.classifier.hugging_face import build_transformers
+from lightning_meansparse.classifier.loaded import (
+    WEIGHTS,
+    Loaded,
+    Options,
+    for_channels,
+    label_names,
+    refuse_weights,
+    require_safetensors,
+)
 
 # --- timm ----------------------------------------------------------------------------------------
 
@@ -62,6 +45,8 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
     """
     import timm
     from timm.data.config import resolve_data_config
+
+    import lightning_meansparse.networks  # noqa: F401  (adds ours to timm's registry)
 
     options = {key: value for key, value in options.items() if value is not None}
     source, _, identity = name.replace("hf_hub:", "hf-hub:").rpartition(":")
@@ -96,29 +81,39 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
         found = f"timm/{identity}" if hub_id == "timm/" else hub_id
         extra["pretrained_cfg_overlay"] = {"hf_hub_id": f"{found}@{revision}"}
     model = timm.create_model(full, pretrained=pretrained, **options, **extra)
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)  # type: ignore[no-untyped-call]
+    known: Any = model.pretrained_cfg
+    config = resolve_data_config(pretrained_cfg=known)  # type: ignore[no-untyped-call]
     classes: Any = model.num_classes
+    if not classes:
+        raise ValueError(f"timm/{name} has no classification head; give num_classes= for a new one")
     channels: Any = options.get("in_chans") or getattr(model, "in_chans", config["input_size"][0])
     rebuild = dict(stored.get("model_args") or {}) | options | {"num_classes": classes}
-    rebuild = {key: value for key, value in rebuild.items() if not key.startswith(_WEIGHTS)}
+    rebuild = {key: value for key, value in rebuild.items() if not key.startswith(WEIGHTS)}
+    size = options.get("img_size") or config["input_size"][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    weights = ".".join(filter(None, (known.get("architecture"), known.get("tag"))))
     return Loaded(
         model,
         classes,
         for_channels(config["mean"], channels),
         for_channels(config["std"], channels),
-        (channels, *config["input_size"][1:]),
+        (channels, height, width),
         {"source": f"timm/{stored['architecture']}", "options": rebuild},
+        f"timm's pretrained_cfg of {identity if source else weights or identity}",
+        _timm_labels(known, classes),
     )
 
 
-def for_channels(numbers: Sequence[float], channels: int) -> list[float]:
-    """Fit the normalisation of colour images to other channels: their mean, for each.
+def _timm_labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
+    """Names from `pretrained_cfg`, or ImageNet's if its tag says that this is what was learnt."""
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
-    timm adds up a colour stem's weights for grey images, so this is what that stem expects.
-    """
-    if len(numbers) == channels:
-        return list(numbers)
-    return [sum(numbers) / len(numbers)] * channels
+    names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}
+    subset = infer_imagenet_subset(dict(config))
+    if not names and subset and re.search(r"in\d+k", str(config.get("tag"))):
+        info: Any = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    return label_names(names, classes, descriptions)
 
 
 # --- torchvision ---------------------------------------------------------------------------------
@@ -143,12 +138,19 @@ def load_torchvision(name: str, *, pretrained: bool, options: Options) -> Loaded
     if name not in known:
         raise ValueError(_unknown("torchvision", name, known))
     options = {key: value for key, value in options.items() if value is not None}
+    if not pretrained and "weights" in options:
+        raise ValueError(
+            f"weights={options['weights']!r} names weights, but pretrained=False loads none"
+        )
     if options.pop("in_chans", 3) != 3:
         raise ValueError("torchvision's models take 3 channels; take a timm/ model for in_chans=")
     chosen = options.pop("weights", "DEFAULT" if pretrained else None)
-    weights = models.get_model_weights(name)[chosen or "DEFAULT"]
+    weights = _torchvision_weights(models.get_model_weights(name), chosen or "DEFAULT")
     if chosen is None:
-        model = models.get_model(name, weights=None, **options)
+        with warnings.catch_warnings():
+            # GoogLeNet and Inception: news for those who call them themselves.
+            warnings.filterwarnings("ignore", "The default weight initialization", FutureWarning)
+            model = models.get_model(name, weights=None, **options)
         classes = int(options.get("num_classes", 1000))
     else:
         classes = len(weights.meta["categories"])
@@ -161,14 +163,16 @@ def load_torchvision(name: str, *, pretrained: bool, options: Options) -> Loaded
         # The builder would unpickle whatever the file holds: see first that it holds tensors alone.
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         model = models.get_model(name, weights=weights, **options)
-    # These two are set by the presence of weights, in GoogLeNet and Inception.
+    # These are set by the weights: the first two in GoogLeNet and Inception, the last in ViT.
     flags = {
-        key: getattr(model, key) for key in ("transform_input", "aux_logits") if hasattr(model, key)
+        key: getattr(model, key)
+        for key in ("transform_input", "aux_logits", "image_size")
+        if hasattr(model, key)
     }
-    if flags:
+    if "aux_logits" in flags:
         flags["init_weights"] = False
     preset = weights.transforms()
-    side = preset.crop_size[0]
+    side = flags.get("image_size", preset.crop_size[0])
     return Loaded(
         model,
         classes,
@@ -176,78 +180,23 @@ def load_torchvision(name: str, *, pretrained: bool, options: Options) -> Loaded
         preset.std,
         (3, side, side),
         {"source": f"torchvision/{name}", "options": {**options, "num_classes": classes, **flags}},
+        f"transforms of torchvision's {weights}",
+        label_names(weights.meta["categories"], classes),
     )
 
 
-# --- Hugging Face transformers -------------------------------------------------------------------
+def _torchvision_weights(known: Any, chosen: Any) -> Any:
+    """The weights of a name such as `DEFAULT`, `IMAGENET1K_V1`, `ResNet18_Weights.DEFAULT`."""
+    if isinstance(chosen, known):
+        return chosen
+    family, _, name = str(chosen).rpartition(".")
+    if family not in ("", known.__name__) or name not in known.__members__:
+        names = ", ".join(dict.fromkeys(["DEFAULT", *known.__members__]))
+        raise ValueError(f"weights={chosen!r} are none of {known.__name__}: {names}")
+    return known[name]
 
 
-def load_transformers(
-    name: str, *, pretrained: bool, revision: str | None, options: Options, normalise: bool
-) -> Loaded:
-    """Build an image classifier of transformers from a Hub id or a folder.
-
-    Args:
-        name: Hub id or folder.
-        pretrained: Load weights; False takes the architecture alone.
-        revision: Commit, tag or branch on the Hub.
-        options: `num_classes` for a new head, `in_chans`, and further fields of the configuration.
-        normalise: Read mean, std and size from the image processor's file; otherwise they are None.
-
-    Raises:
-        ImportError: If transformers is not installed.
-        ValueError: If the options contradict the weights, or no normalisation is found.
-        FileNotFoundError: If a folder has no safetensors.
-    """
-    transformers = import_transformers()
-    if Path(name).is_dir() and pretrained:
-        require_safetensors(Path(name))
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    commit = getattr(config, "_commit_hash", None)
-    fields = {key: value for key, value in options.items() if value is not None}
-    channels = fields.pop("in_chans", None)
-    classes = fields.pop("num_classes", None)
-    stored = getattr(config, "num_channels", 3)
-    if channels is not None and channels != stored:
-        if pretrained:
-            raise ValueError(
-                f"in_chans={channels}, but the weights of {name!r} take {stored} channels; give "
-                "pretrained=False, or take a timm/ model, whose first layer is adapted"
-            )
-        config.num_channels = channels
-    new_head = classes is not None and classes != config.num_labels
-    if new_head:
-        config.num_labels = classes
-    for key, value in fields.items():
-        if not hasattr(config, key):
-            raise ValueError(f"{key}={value!r} is no field of {type(config).__name__}")
-        setattr(config, key, value)
-    _mend_timm_wrapper(config)
-    found = _processor(transformers, name, revision, config) if normalise else None
-    factory = transformers.AutoModelForImageClassification
-    if pretrained:
-        model = factory.from_pretrained(
-            name,
-            config=config,
-            revision=revision,
-            use_safetensors=True,
-            ignore_mismatched_sizes=new_head,
-        )
-    else:
-        model = factory.from_config(config)
-    mean, std, size = found if found else (None, None, None)
-    if channels is not None and found:
-        mean, std = for_channels(found[0], channels), for_channels(found[1], channels)
-        size = size and (channels, *size[1:])
-    return Loaded(
-        model,
-        int(config.num_labels),
-        mean,
-        std,
-        size,
-        {"source": f"hf/{config.model_type}", "options": {"config": config.to_dict()}},
-        revision=commit or revision,
-    )
+# --- All three ------------------------------------------------------------------------------------
 
 
 def build(origin: Mapping[str, Any]) -> nn.Module:
@@ -258,106 +207,14 @@ def build(origin: Mapping[str, Any]) -> nn.Module:
     """
     library, _, name = str(origin["source"]).partition("/")
     options = dict(origin["options"])
-    _refuse_weights(name, options)
+    refuse_weights(name, options)
     if library == "timm":
         return load_timm(name, pretrained=False, revision=None, options=options).model
     if library == "torchvision":
         return load_torchvision(name, pretrained=False, options=options).model
     if library == "hf":
-        transformers = import_transformers()
-        fields = dict(options["config"])
-        config = transformers.CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
-        _mend_timm_wrapper(config)
-        model: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
-        return model
+        return build_transformers(options)
     raise ValueError(f"source={origin['source']!r} must begin with timm/, torchvision/ or hf/")
-
-
-def import_transformers() -> Any:
-    """Import transformers, or say which extra has it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            'hf/ models need transformers: pip install "lightning_meansparse[hf]"'
-        ) from error
-    return transformers
-
-
-def require_safetensors(folder: Path) -> None:
-    """Refuse a folder whose weights would have to be unpickled.
-
-    Raises:
-        FileNotFoundError: If it has no safetensors.
-    """
-    if any(folder.glob("*.safetensors")):
-        return
-    endings = (".bin", ".pt", ".pth", ".ckpt")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in endings)
-    found = f"; {', '.join(pickles)} may run code and is not opened" if pickles else ""
-    raise FileNotFoundError(
-        f"{folder} has no *.safetensors{found}; save the weights as safetensors "
-        "(timm: safe_serialization=True)"
-    )
-
-
-def _refuse_weights(architecture: str, options: Options) -> None:
-    """Refuse what a file may not choose: weights, which may be pickles or on a server."""
-    if ":" in architecture:
-        raise ValueError(
-            f"{architecture!r} is no architecture but a place to fetch one from; name it as in "
-            "'timm/resnet18'"
-        )
-    found = sorted(key for key in options if key.startswith(_WEIGHTS))
-    if found:
-        raise ValueError(
-            f"{', '.join(found)} would fetch or open other weights than model.safetensors; take it "
-            "out of the options"
-        )
-
-
-def _mend_timm_wrapper(config: Any) -> None:
-    if config.model_type == "timm_wrapper":
-        _refuse_weights(str(config.architecture), config.model_args or {})
-    # timm 1.0.31 writes num_classes there as well, and transformers 5.23 would pass it twice.
-    if getattr(config, "model_args", None):
-        config.model_args = {k: v for k, v in config.model_args.items() if k != "num_classes"}
-
-
-def _processor(
-    transformers: Any, name: str, revision: str | None, config: Any
-) -> tuple[list[float], list[float], tuple[int, int, int] | None]:
-    """Read what the image processor does to pixels as a mean, a standard deviation and a size."""
-    if config.model_type == "timm_wrapper":
-        known = config.pretrained_cfg
-        return list(known["mean"]), list(known["std"]), tuple(known["input_size"])
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        stored, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"{name!r} has no preprocessor_config.json that would say how pixels are normalised; "
-            "give mean= and std= (0 and 1 for none)"
-        ) from error
-    if stored.get("do_flip_channel_order"):
-        raise ValueError(f"{name!r} takes channels as BGR, which Classifier does not do")
-    channels = int(getattr(config, "num_channels", 3))
-    # The model sees x = s·p − o of a pixel p in [0, 1], then (x − mean) / std.
-    scale = 255.0 * (stored.get("rescale_factor", 1 / 255) if stored.get("do_rescale", True) else 1)
-    offset = 1.0 if stored.get("rescale_offset") else 0.0
-    plain = not stored.get("do_normalize", True)
-    mean = [0.0] * channels if plain else list(stored["image_mean"])
-    std = [1.0] * channels if plain else list(stored["image_std"])
-    if offset or abs(scale - 1) > 1e-6:
-        mean = [(value + offset) / scale for value in mean]
-        std = [value / scale for value in std]
-    cropped = stored.get("do_center_crop") and stored.get("crop_size")
-    size = cropped or stored.get("size") or {}
-    sides = {"height": size, "width": size} if isinstance(size, int) else size
-    edge = sides.get("shortest_edge")
-    height, width = sides.get("height", edge), sides.get("width", edge)
-    return mean, std, (channels, int(height), int(width)) if height and width else None
 
 
 def _unknown(library: str, name: str, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,13 +11,12 @@ from typing import Any
 from torch import nn
 
 from lightning_meansparse.classifier.folder import FORMAT, load_folder, read_config
-from lightning_meansparse.classifier.libraries import (
-    Loaded,
-    load_timm,
-    load_torchvision,
-    load_transformers,
-)
+from lightning_meansparse.classifier.hugging_face import load_transformers
+from lightning_meansparse.classifier.libraries import load_timm, load_torchvision
+from lightning_meansparse.classifier.loaded import Loaded
 from lightning_meansparse.classifier.wrapper import Classifier, PerChannel
+
+_log = logging.getLogger(__name__)
 
 _PREFIXES = (
     "'timm/resnet18', 'torchvision/resnet18', 'hf/organisation/name' for transformers models on "
@@ -39,8 +39,10 @@ def load_classifier(
     """Make a classifier of pixels in [0, 1] out of a model's name, folder or module.
 
     The normalisation comes from where the model comes from (timm's `pretrained_cfg`, the image
-    processor of transformers, the transforms of torchvision's weights), unless given. Models found
-    by name are returned in eval mode; a module keeps its own.
+    processor of transformers, the transforms of torchvision's weights), unless given; the
+    classifier's `normalisation` and one line of the log say which it was. The names of the classes
+    that the weights know are its `labels`. Models found by name are returned in eval mode; a module
+    keeps its own.
 
     Args:
         name_or_module: `"timm/NAME"`, `"torchvision/NAME"`, `"hf/ORGANISATION/NAME"`; a folder
@@ -90,12 +92,14 @@ def load_classifier(
     if isinstance(name_or_module, nn.Module):
         given.pop("num_classes", None)
         _refuse(given, "a module is taken as it is")
-        return Classifier(
-            name_or_module,
-            mean=mean,
-            std=std,
-            num_classes=num_classes,
-            input_size=size,  # type: ignore[arg-type]
+        return _told(
+            Classifier(
+                name_or_module,
+                mean=mean,
+                std=std,
+                num_classes=num_classes,
+                input_size=size,  # type: ignore[arg-type]
+            )
         )
     if not isinstance(name_or_module, str | Path):
         raise TypeError(
@@ -121,17 +125,37 @@ def load_classifier(
     else:
         found = _from_library(library, model_name, pretrained, revision, construction, mean is None)
     sized = found.input_size if size is None else size
-    return Classifier(
+    classifier = Classifier(
         found.model,
         mean=found.mean if mean is None else mean,  # type: ignore[arg-type]
         std=found.std if std is None else std,  # type: ignore[arg-type]
+        bgr=found.bgr and mean is None,
+        normalisation=found.normalisation if mean is None else None,
         num_classes=found.num_classes,
+        labels=found.labels if pretrained else None,
         input_size=sized,  # type: ignore[arg-type]
         source=str(name_or_module),
         revision=found.revision,
         origin=found.origin,
         metrics=found.metrics if isinstance(found, Classifier) else None,
-    ).eval()
+    )
+    return _told(classifier.eval())
+
+
+def _told(classifier: Classifier) -> Classifier:
+    """Say which normalisation it is."""
+    name = classifier.source or type(classifier.model).__name__
+    mean, std = (
+        ", ".join(f"{number:.4g}" for number in numbers.flatten().tolist())
+        for numbers in (classifier.mean, classifier.std)
+    )
+    if classifier.normalisation == "none":
+        _log.info("%s: pixels go in as they are, not normalised (mean= and std= would)", name)
+    else:
+        order = ", blue first" if classifier.bgr else ""
+        source = classifier.normalisation
+        _log.info("%s: mean %s, std %s%s, from: %s", name, mean, std, order, source)
+    return classifier
 
 
 def _from_library(
