@@ -37,6 +37,8 @@ class Value:
         root: Equal for tensors that are elementwise functions of one and the same tensor.
         layer: Equal for tensors with no layer (convolution, norm, pooling ...) between them.
         total: Time of the residual sum that it is, None if it is none.
+        maker: When its channels were made, and the module in whose code: the last of the layers
+            that are joined in it. The model's input has no maker.
     """
 
     trace: Trace
@@ -46,6 +48,7 @@ class Value:
     root: int = 0
     layer: int = 0
     total: int | None = None
+    maker: tuple[int, str] = (0, "")
 
 
 class Flow:
@@ -99,8 +102,11 @@ class Flow:
         self._roots.append(given.root)
         return 1 << (len(self._roots) - 1)
 
-    def step(self, op: Op, known: Known, *, pointwise: bool) -> list[Value]:
-        """Values of an operation's outputs; `known` holds those of its inputs before it ran."""
+    def step(self, op: Op, known: Known, *, pointwise: bool, owner: str = "") -> list[Value]:
+        """Values of an operation's outputs; `known` holds those of its inputs before it ran.
+
+        `owner` names the module in whose code it runs.
+        """
         values = [value for _, value in known.values()]
         first, now = values[0], next(self.clock)
         alone = len(values) == 1
@@ -118,6 +124,11 @@ class Flow:
             free = self._multiply(op, known)
         gating = op.name in _SOFTMAX or (alone and first.gating and hands_on)
         numel = next(iter(op.shapes.values())).numel()
+        makes = op.name in rules.MAKES and (alone or op.name not in rules.PRODUCTS)
+        # A gate that broadcasts has not made the channels that it multiplies.
+        sizes = {out.shape for out in op.outs}
+        full = [value for key, (_, value) in known.items() if op.shapes[key] in sizes]
+        maker = (now, owner) if makes else max(value.maker for value in full or values)
         return [
             Value(
                 trace=trace,
@@ -128,6 +139,7 @@ class Flow:
                 root=first.root if same_root else next(self.clock),
                 layer=first.layer if same_layer else now,
                 total=first.total if passes and alone and out.numel() == numel else None,
+                maker=maker,
             )
             for out, trace in zip(op.outs, rules.propagate(op), strict=True)
         ]
@@ -165,6 +177,7 @@ class Flow:
             free=value.free | (old.free if old else 0),
             root=now,
             layer=now,
+            maker=value.maker,
         )
 
 

@@ -290,6 +290,10 @@ _RULES: dict[Rule, frozenset[str]] = {
         "copy hardswish prelu _prelu_kernel log_sigmoid_forward log_sigmoid rrelu_with_noise"
     ),
 }
+PRODUCTS = _RULES[_matmul]
+MAKES = PRODUCTS | _RULES[_convolution] | _RULES[_last]
+"""Operations that make new channels; a product of two activations does not."""
+
 _TABLE: dict[str, Rule] = {name: rule for rule, group in _RULES.items() for name in group}
 
 
