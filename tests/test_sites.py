@@ -206,7 +206,7 @@ def test_shared_modules_are_named_call_by_call():
     with pytest.raises(UnreachableSitesError) as error:
         find_sites(shared(), IMAGES)
     assert error.value.names == ("block::relu[0]@in", "block::relu[1]@in", "::gelu[0]@in")
-    assert "block.relu, ReLU module called 2 times in one forward, in Wrapped" in str(error.value)
+    assert "block.relu, ReLU module called several times in Wrapped" in str(error.value)
 
 
 def test_not_strict_leaves_them_out_with_one_warning():

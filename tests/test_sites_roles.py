@@ -204,5 +204,5 @@ def test_adds_of_one_layer_with_itself_are_no_residual_sums():
 
 def test_a_shared_block_with_a_residual_sum_cannot_be_reached():
     net = Net(lambda m, x: m.block(m.block(x)), block=residual())
-    with pytest.raises(UnreachableSitesError, match=r"block@out, sum of a Wrapped called 2 times"):
+    with pytest.raises(UnreachableSitesError, match=r"block::add, residual sum amid the code of Wrapped"):
         find_sites(net, IMAGES, where="activations+residual")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lightning_meansparse.sites import provenance
 from lightning_meansparse.sites.dataflow import Value
-from lightning_meansparse.sites.events import Call, Place, Sum
+from lightning_meansparse.sites.events import Call, Place, Sum, Turn
 from lightning_meansparse.sites.probe import Probe
 from lightning_meansparse.sites.record import Role, Side, Site
+from lightning_meansparse.sites.source import obstacle
+from lightning_meansparse.sites.spots import Spot
 
 
 @dataclass(frozen=True)
@@ -22,61 +24,86 @@ class Candidate:
         time: When the forward pass came to it.
         undecided: Why its channel axes are undecided, None when they are known.
         obstacle: What keeps an operator from standing there, None when nothing does.
+        producer: The module in whose code the tensor's channels were made: the last one, where
+            layers are joined; empty for the model's input.
     """
 
     site: Site
     time: int
     undecided: str | None = None
     obstacle: str | None = None
+    producer: str = ""
 
 
 def candidates(probe: Probe) -> list[Candidate]:
     """Every place that has a name, in execution order, each name once."""
     found: dict[str, Candidate] = {}
-    roles = [_of_call(probe, call) for call in probe.calls]
-    roles += [_of_sum(probe, total) for total in probe.sums.values() if not total.before_activation]
-    others = [_of_place(probe, p, "other") for p in probe.places if probe.counts[p.module] == 1]
-    for candidate in roles + others:
-        found.setdefault(str(candidate.site), candidate)
+    roles = [_made(_of_call(probe, call), call.value) for call in probe.calls]
+    sums = [total for total in probe.sums.values() if not total.before_activation]
+    roles += [_made(_of_sum(probe, total), total.value) for total in sums]
+    others = [_of_place(probe, p, "other") for p in probe.places if p.module not in probe.repeated]
+    # Those that can be reached come first: names that the code does not give must not take theirs.
+    for candidate in sorted(roles, key=lambda c: c.obstacle is not None) + others:
+        name = str(candidate.site)
+        found[name] = _joined(found[name], candidate) if name in found else candidate
     return sorted(found.values(), key=lambda candidate: candidate.time)
+
+
+def _made(candidate: Candidate, value: Value) -> Candidate:
+    return replace(candidate, producer=value.maker[1])
+
+
+def _joined(first: Candidate, again: Candidate) -> Candidate:
+    """One place that a repeated owner comes to several times, or that has several roles."""
+    if again.site.role == "other" or again.obstacle or first.site.shape == again.site.shape:
+        return first
+    shapes = f"{first.site.shape} and {again.site.shape}"
+    return replace(
+        first, obstacle=f"{first.site}, whose statistics have the shapes {shapes} in turn"
+    )
 
 
 def _of_call(probe: Probe, call: Call) -> Candidate:
     role: Role = "gate" if probe.is_gate(call) else "activation"
-    if call.module is None:
-        function = call.call.partition("[")[0]
-        obstacle = f"{call.owner}::{function}, functional call in {call.owner_class}"
-    else:
-        name, times = probe.names[call.module], probe.counts[call.module]
-        if times == 1 and call.first_input:
-            site, undecided = _site(name, "in", call.value, role, call.kind)
-            return Candidate(site, call.time, undecided)
-        how = f"called {times} times in one forward" if times > 1 else "called by keyword"
-        obstacle = f"{name}, {call.kind} module {how}, in {call.owner_class}"
-    site, undecided = _site(call.owner, "in", call.value, role, call.kind, call=call.call)
-    return Candidate(site, call.time, undecided, obstacle)
+    turn, spot, module = call.turn, call.turn.spot, call.module
+    discarded = isinstance(spot, Spot) and spot.discarded
+    if module is not None and call.first_input and module not in probe.repeated and not discarded:
+        site, undecided = _site(probe.names[module], "in", call.value, role, call.kind)
+        return Candidate(site, call.time, undecided)
+    site, undecided = _site(turn.owner, "in", call.value, role, call.kind, call=turn.name)
+    why = _why_not(probe, turn)
+    if why is None:
+        return Candidate(site, call.time, undecided)
+    function = turn.name.partition("[")[0]
+    what = f"{turn.owner}::{function}, functional call"
+    if module is not None:
+        how = "called several times" if module in probe.repeated else "called by keyword"
+        what = f"{probe.names[module]}, {call.kind} module {how}"
+    return Candidate(site, call.time, undecided, f"{what} in {turn.owner_class}: {why}")
 
 
 def _of_sum(probe: Probe, total: Sum) -> Candidate:
-    place = total.place
-    if place is not None:
-        candidate = _of_place(probe, place, "residual")
-        times = probe.counts[place.module]
-        if times == 1:
-            return candidate
-        obstacle = f"{candidate.site}, sum of a {candidate.site.kind} called {times} times"
-        return Candidate(candidate.site, candidate.time, candidate.undecided, obstacle)
-    call = f"add[{total.index}]"
-    site, undecided = _site(total.owner, "out", total.value, "residual", "add", call=call)
-    obstacle = f"{total.owner}::add, residual sum amid the code of {total.owner_class}"
+    place, turn = total.place, total.turn
+    if place is not None and place.module not in probe.repeated:
+        return _of_place(probe, place, "residual")
+    site, undecided = _site(turn.owner, "out", total.value, "residual", "add", call=turn.name)
+    why = _why_not(probe, turn)
+    obstacle = why and f"{turn.owner}::add, residual sum amid the code of {turn.owner_class}: {why}"
     return Candidate(site, total.time, undecided, obstacle)
+
+
+def _why_not(probe: Probe, turn: Turn) -> str | None:
+    """What keeps an operator from a call in the owner's code."""
+    if isinstance(turn.spot, str):
+        return turn.spot
+    return obstacle(probe.owners[turn.owner], turn.spot.name)
 
 
 def _of_place(probe: Probe, place: Place, role: Role) -> Candidate:
     name, kind = probe.names[place.module], type(place.module).__name__
     side: Side = "in" if place.side == "in" else "out"
     site, undecided = _site(name, side, place.value, role, kind, index=place.index)
-    return Candidate(site, place.time, undecided)
+    return _made(Candidate(site, place.time, undecided), place.value)
 
 
 def _site(

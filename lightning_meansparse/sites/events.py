@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.sites.dataflow import Value
+from lightning_meansparse.sites.spots import Spot
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A call or a sum in the code of a running module.
+
+    Attributes:
+        owner: Name of the module in whose code it stands.
+        owner_class: Its class name.
+        name: `relu[1]`, the second time in this run of the owner that its code calls `relu`.
+        spot: Where in the code, or why that is unknown.
+    """
+
+    owner: str
+    owner_class: str
+    name: str
+    spot: Spot | str
 
 
 @dataclass(eq=False)
@@ -16,9 +35,7 @@ class Call:
     """One call of an activation whose input depends on the example."""
 
     time: int
-    owner: str
-    owner_class: str
-    call: str
+    turn: Turn
     kind: str
     value: Value
     module: nn.Module | None = None
@@ -42,9 +59,7 @@ class Sum:
     """A residual sum, and the module border at which it leaves the module that made it."""
 
     time: int
-    owner: str
-    owner_class: str
-    index: int
+    turn: Turn
     value: Value
     place: Place | None = None
     before_activation: bool = False
@@ -61,8 +76,11 @@ class Frame:
         value: Value of its first input when it was called.
         shape: Shape of that input.
         mutes: It is an activation or an operator, whose inside is no place for a site.
+        turn: Which call of its owner's code it is; None if the model does not hold it.
         active: Its own activation call.
         calls: Functional activation calls in its code.
+        turns: How often its code has come to each name so far.
+        ran: Modules that its code has called so far.
     """
 
     module: nn.Module
@@ -71,8 +89,11 @@ class Frame:
     value: Value | None
     shape: torch.Size | None
     mutes: bool
+    turn: Turn | None = None
     active: Call | None = None
     calls: list[Call] = field(default_factory=list)
+    turns: Counter[str] = field(default_factory=Counter)
+    ran: set[nn.Module] = field(default_factory=set)
 
     @property
     def kind(self) -> str:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class UnreachableSitesError(ValueError):
-    """Wanted sites stand where no operator can be put yet.
+    """Wanted sites stand where no operator can be put.
 
     Attributes:
         names: Names of those sites.
@@ -78,8 +78,8 @@ def find_sites(
             glob or a list of globs over the names of all places (those and any module's `@in`,
             `@out` and `@out[i]`); or a function of a `Site` that tells whether it is wanted (a site
             whose channels are undecided comes with the shape `()`).
-        strict: What to do when wanted sites cannot be reached (shared modules, functional calls,
-            sums amid a module's code): True raises, False leaves them out with one warning.
+        strict: What to do when wanted sites cannot be reached (calls in code without a source, or
+            in functions that an object holds): True raises, False leaves them out with one warning.
 
     Returns:
         The sites, in the order in which the forward pass comes to them.
@@ -173,10 +173,11 @@ def _unreachable(missed: list[Candidate]) -> str:
         groups.setdefault(str(candidate.obstacle), []).append(str(candidate.site))
     lines = [f"  {obstacle}: {', '.join(names)}" for obstacle, names in groups.items()]
     return (
-        f"{len(missed)} wanted site(s) cannot be reached, since an operator can only stand at a "
-        f"module that is called exactly once in a forward pass, with its input as the first "
-        f"argument:\n" + "\n".join(lines) + "\nPass strict=False to leave them out, or where=... "
-        "to choose others, or give each call a module of its own in the model's code."
+        f"{len(missed)} wanted site(s) cannot be reached: they are no module that is called once, "
+        f"nor a call in the source of the forward of the module that runs:\n"
+        + "\n".join(lines)
+        + "\nPass strict=False to leave them out, or where=... to choose others, or give each call "
+        "a module of its own in the model's code."
     )
 
 

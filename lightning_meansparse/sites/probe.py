@@ -8,7 +8,6 @@ model alone, tell which module runs.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -27,8 +26,10 @@ from lightning_meansparse.sites.activations import (
     is_operator,
 )
 from lightning_meansparse.sites.dataflow import Flow, Value, is_residual
-from lightning_meansparse.sites.events import Call, Frame, Place, Sum, tensors_in
+from lightning_meansparse.sites.events import Call, Frame, Place, Sum, Turn, tensors_in
 from lightning_meansparse.sites.provenance import Op
+from lightning_meansparse.sites.source import SUM, is_whole_sum
+from lightning_meansparse.sites.spots import Spot, function_spot, module_spot, sum_spot
 
 
 @lru_cache(maxsize=4096)
@@ -45,25 +46,29 @@ class Probe(TorchDispatchMode):
     """Records one forward pass of `model`. See the module's docstring.
 
     Attributes:
-        names: Name of every module of the model.
+        owners: Every module of the model by its name.
+        names: The other way round.
         calls: Activation calls with input-dependent input, in execution order.
         places: Input-dependent tensors at module borders, in execution order.
         sums: Residual sums by their time.
-        counts: How often each module was called.
+        constants: Names of activations whose input does not depend on the model's.
+        repeated: Modules that several owners call, or one owner several times in one run.
         flow: The dataflow.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {module: name for name, module in model.named_modules()}
+        self.owners = dict(model.named_modules())
+        self.names = {module: name for name, module in self.owners.items()}
         self.calls: list[Call] = []
         self.places: list[Place] = []
         self.sums: dict[int, Sum] = {}
-        self.counts: Counter[nn.Module] = Counter()
+        self.constants: list[str] = []
+        self.repeated: set[nn.Module] = set()
         self.flow = Flow()
         self._output_free = 0
         self._frames = [Frame(model, "", 0, None, None, mutes=False)]
-        self._indices: Counter[tuple[str, str]] = Counter()
+        self._owners: dict[nn.Module, str] = {}
         self._muted = 0
         self._thread = threading.get_ident()
 
@@ -101,6 +106,11 @@ class Probe(TorchDispatchMode):
         """Whether an activation reaches the output only as a factor of other tensors."""
         return bool(call.bit & self.flow.gated & ~self._output_free)
 
+    def idle(self) -> list[str]:
+        """Names of the activation modules that were not called."""
+        held = [name for name, module in self.owners.items() if name and is_activation(module)]
+        return [name for name in held if self.owners[name] not in self._owners]
+
     # ------------------------------------------------------------------------------- operations
 
     def __torch_dispatch__(
@@ -112,6 +122,10 @@ class Probe(TorchDispatchMode):
     ) -> Any:
         """Run one operation and pass the values of its inputs on to its outputs."""
         kwargs = kwargs or {}
+        name, pointwise = _facts(func)
+        turn = None
+        if name == SUM and not self._muted and is_whole_sum(*args[:2]):
+            turn = self._turn(sum_spot, SUM)
         known: dict[int, tuple[Tensor, Value]] = {}
         for leaf in tree_leaves((args, kwargs)):
             value = self.flow[leaf]
@@ -119,7 +133,6 @@ class Probe(TorchDispatchMode):
                 known[id(leaf)] = (leaf, value)
         if not known:
             return func(*args, **kwargs)
-        name, pointwise = _facts(func)
         if not rules.is_known(func, name):
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -138,20 +151,20 @@ class Probe(TorchDispatchMode):
         traces = {key: value.trace for key, (_, value) in known.items()}
         op = Op(func, name, args, kwargs, outs, traces, shapes)
         values = [value for _, value in known.values()]
-        for leaf, value in zip(outs, self.flow.step(op, known, pointwise=pointwise), strict=True):
-            residual = not self._muted and is_residual(op, values, leaf)
-            self.flow[leaf] = self._add_sum(value) if residual else value
+        steps = self.flow.step(op, known, pointwise=pointwise, owner=self._owner().name or "")
+        for leaf, value in zip(outs, steps, strict=True):
+            residual = turn is not None and is_residual(op, values, leaf)
+            self.flow[leaf] = self._add_sum(turn, value) if turn and residual else value
             if func._schema.is_mutable and leaf._base is not None:
                 self.flow.write_through(leaf._base, value)
         if call is not None:
             self.end(call, out)
         return out
 
-    def _add_sum(self, value: Value) -> Value:
+    def _add_sum(self, turn: Turn, value: Value) -> Value:
         now = next(self.flow.clock)
         value = replace(value, total=now)
-        owner, kind = self._owner()
-        self.sums[now] = Sum(now, owner, kind, self._next_index(owner, "add"), value)
+        self.sums[now] = Sum(now, turn, value)
         return value
 
     # ------------------------------------------------------------------------------ activations
@@ -164,16 +177,15 @@ class Probe(TorchDispatchMode):
             tensor: Its input.
             frame: The activation module, None for a functional call.
         """
-        owner, owner_class = self._owner()
-        index = self._next_index(owner, name)
+        turn = (frame and frame.turn) or self._turn(function_spot, name)
         value = self.flow[tensor]
         if value is None:
+            name = frame.name if frame and frame.name else f"{turn.owner}::{turn.name}"
+            self.constants.append(name)
             return None
         call = Call(
             time=next(self.flow.clock),
-            owner=owner,
-            owner_class=owner_class,
-            call=f"{name}[{index}]",
+            turn=turn,
             kind=frame.kind if frame else name,
             value=value,
             module=frame.module if frame and frame.name else None,
@@ -191,16 +203,22 @@ class Probe(TorchDispatchMode):
         for tensor in tensors_in(output):
             self.flow.activate(tensor, call.bit, call.value)
 
-    def _next_index(self, owner: str, name: str) -> int:
-        self._indices[owner, name] += 1
-        return self._indices[owner, name] - 1
+    def _turn(self, find: Callable[[nn.Module], Spot | str], name: str) -> Turn:
+        """The call or sum that is about to run, named by the code of its owner if that is seen."""
+        owner = self._owner()
+        spot = find(owner.module)
+        if isinstance(spot, Spot):
+            name = spot.name
+        # Names that the code does not give are counted apart: rewritten code does not meet them.
+        key = name if isinstance(spot, Spot) else f"{name}?"
+        owner.turns[key] += 1
+        return Turn(owner.name or "", owner.kind, f"{name}[{owner.turns[key] - 1}]", spot)
 
     # ---------------------------------------------------------------------------------- modules
 
-    def _owner(self) -> tuple[str, str]:
-        """Name and class of the innermost running module that the model holds."""
-        frame = next(frame for frame in reversed(self._frames) if frame.name is not None)
-        return frame.name or "", frame.kind
+    def _owner(self) -> Frame:
+        """The innermost running module that the model holds."""
+        return next(frame for frame in reversed(self._frames) if frame.name is not None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if threading.get_ident() != self._thread:
@@ -216,7 +234,15 @@ class Probe(TorchDispatchMode):
             None if tensor is None else tensor.shape,
             mutes=activates or is_operator(module),
         )
-        self.counts[module] += 1
+        if name and not self._muted and not is_operator(module):
+            owner = self._owner()
+            if (
+                module in owner.ran
+                or self._owners.setdefault(module, owner.name or "") != owner.name
+            ):
+                self.repeated.add(module)
+            owner.ran.add(module)
+            frame.turn = self._turn(module_spot, frame.short)
         if activates and args:
             frame.active = self.begin(frame.short, tensor, frame)
         if self._is_place(frame) and frame.value and tensor is not None:

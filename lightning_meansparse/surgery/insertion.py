@@ -1,9 +1,11 @@
-"""Operators into a model and out of it again, by hooks and children.
+"""Operators into a model and out of it again.
 
 An operator is a child of the module it belongs to, and a module-level hook calls it:
 ``act.meansparse_in`` on the input of ``act``, ``block.meansparse_out`` on the output of ``block``.
-The module keeps its class and its ``state_dict`` keys, and since the hook finds the operator
-through the module, ``deepcopy``, ``pickle`` and ``.to()`` need no bookkeeping.
+Where the site is a call in a module's code, the code calls it: ``block.meansparse_in__relu_1``, see
+`lightning_meansparse.rewrite`. The module keeps its class (or becomes a subclass of it) and its
+``state_dict`` keys, and since hook and code find the operator through the module, ``deepcopy``,
+``pickle`` and ``.to()`` need no bookkeeping.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.layer import Center, MeanSparse, check_alpha, check_center
+from lightning_meansparse.rewrite import PREFIX, base_of, call_of, check_call, child_of, route_
 from lightning_meansparse.sites import Site
 
-_CHILD = "meansparse_"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -96,8 +98,10 @@ def restore_(model: nn.Module) -> None:
         {}
     """
     for module in list(model.modules()):
-        for child in [name for name in module._modules if name.startswith(_CHILD)]:
+        for child in [name for name in module._modules if name.startswith(PREFIX)]:
             del module._modules[child]
+        if base_of(module) is not type(module):
+            module.__class__ = base_of(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [
                 key
@@ -140,7 +144,9 @@ def _attach(owner: nn.Module, site: Site, operator: MeanSparse) -> None:
     child = _child(site)
     operator.train(owner.training)
     owner.add_module(child, operator)
-    if site.side == "in":
+    if site.call is not None:
+        route_(owner)
+    elif site.side == "in":
         owner.register_forward_pre_hook(partial(_on_input, child=child))
     else:
         owner.register_forward_hook(partial(_on_output, child=child, index=site.index))
@@ -148,10 +154,6 @@ def _attach(owner: nn.Module, site: Site, operator: MeanSparse) -> None:
 
 def _owner(model: nn.Module, site: Site) -> nn.Module:
     """The module that a site belongs to, or an error that says why it cannot carry an operator."""
-    if site.call is not None:
-        raise ValueError(
-            f"site {site}: no hook can reach a call inside a module's code. Leave it out of sites."
-        )
     try:
         owner = model.get_submodule(site.module)
     except AttributeError:
@@ -163,7 +165,12 @@ def _owner(model: nn.Module, site: Site) -> nn.Module:
             + (f", but it has {shorten(close)}." if close else ".")
             + " Pass the module that find_sites was called on."
         ) from None
-    if isinstance(owner, _CONTAINERS):
+    if site.call is not None:
+        try:
+            check_call(owner, site.call, site.side)
+        except ValueError as error:
+            raise ValueError(f"site {site}: {error}") from None
+    elif isinstance(owner, _CONTAINERS):
         raise ValueError(
             f"site {site}: {type(owner).__name__} would run the operator as one more layer. "
             "Name its first or last child."
@@ -172,14 +179,20 @@ def _owner(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _child(site: Site) -> str:
-    return f"{_CHILD}{site.side}" + ("" if site.index is None else f"_{site.index}")
+    if site.call is not None:
+        name, _, turn = site.call.rstrip("]").partition("[")
+        return child_of(name, int(turn), site.side)
+    return f"{PREFIX}{site.side}" + ("" if site.index is None else f"_{site.index}")
 
 
 def _site_name(path: str) -> str:
     owner, _, child = path.rpartition(".")
-    if not child.startswith(_CHILD):
+    if not child.startswith(PREFIX):
         return path
-    side, _, index = child.removeprefix(_CHILD).partition("_")
+    side, _, index = child.removeprefix(PREFIX).partition("_")
+    call = call_of(child)
+    if call is not None:
+        return f"{owner}::{call[0]}[{call[1]}]@{side}"
     return f"{owner}@{side}" + (f"[{index}]" if index else "")
 
 
