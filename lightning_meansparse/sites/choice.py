@@ -10,11 +10,8 @@ from lightning_meansparse.sites.record import Role, Site, match
 
 Where = str | Sequence[str] | Callable[[Site], bool]
 
-MODES: dict[str, tuple[Role, ...]] = {
-    "activations": ("activation",),
-    "activations+gates": ("activation", "gate"),
-    "activations+residual": ("activation", "residual"),
-}
+MODES = ("activations", "activations+gates", "activations+residual")
+_ROLES: dict[str, Role] = {"activations": "activation", "gates": "gate", "residual": "residual"}
 
 
 def check_where(where: object) -> None:
@@ -39,19 +36,20 @@ def select(found: list[Candidate], where: Where) -> list[Candidate]:
     Raises:
         ValueError: If a glob matches nothing.
     """
-    if isinstance(where, str):
-        if where in MODES:
-            return [c for c in found if c.site.role in MODES[where]]
-        return _matching(found, [where])
     if callable(where):
         return [c for c in found if where(c.site)]
-    return _matching(found, list(where))
+    return _matching(found, [where] if isinstance(where, str) else list(where))
 
 
 def _matching(found: list[Candidate], globs: list[str]) -> list[Candidate]:
     names = [str(c.site) for c in found]
     chosen: set[str] = set()
     for glob in globs:
+        words = glob.split("+")
+        if set(words) <= set(_ROLES):
+            roles = [_ROLES[word] for word in words]
+            chosen.update(str(c.site) for c in found if c.site.role in roles)
+            continue
         hits = match(glob, names)
         if not hits:
             raise ValueError(

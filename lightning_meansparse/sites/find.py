@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_meansparse.sites.candidates import Candidate, candidates
+from lightning_meansparse.sites.candidates import Candidate
 from lightning_meansparse.sites.choice import Where, check_where, select, selects_nothing
-from lightning_meansparse.sites.guard import (
-    check_example,
-    check_model,
-    resized,
-    shortened,
-    untouched,
-)
-from lightning_meansparse.sites.probe import Probe
 from lightning_meansparse.sites.record import Site
-
-Example = Tensor | Mapping[str, Tensor]
-
-_log = logging.getLogger(__name__)
+from lightning_meansparse.sites.survey import Example, survey
 
 
 class UnreachableSitesError(ValueError):
@@ -74,10 +59,11 @@ def find_sites(
         model: The network. Names of sites are relative to it, as in `model.named_modules()`.
         example: What `model` is called with: images `(N, C, H, W)`, or a dict of keyword tensors.
             It should be on the model's device and of its dtype. Two samples of it are used.
-        where: Which places: `"activations"`, `"activations+gates"`, `"activations+residual"`; or a
-            glob or a list of globs over the names of all places (those and any module's `@in`,
-            `@out` and `@out[i]`); or a function of a `Site` that tells whether it is wanted (a site
-            whose channels are undecided comes with the shape `()`).
+        where: Which places: `"activations"`, `"activations+gates"`, `"activations+residual"`, or
+            the three words joined otherwise; or a glob over the names of all places (those and any
+            module's `@in`, `@out` and `@out[i]`); or a list of such; or a function of a `Site` that
+            tells whether it is wanted (a site whose channels are undecided comes with the shape
+            `()`).
         strict: What to do when wanted sites cannot be reached (calls in code without a source, or
             in functions that an object holds): True raises, False leaves them out with one warning.
 
@@ -100,10 +86,8 @@ def find_sites(
     References:
         [1] Amini et al., MeanSparse, arXiv 2406.05927.
     """
-    check_model(model)
-    inputs = shortened(check_example(example))
     check_where(where)
-    everything = _probe(model, inputs)
+    everything = list(survey(model, example).candidates)
     wanted = select(everything, where)
     missed = [c for c in wanted if c.obstacle is not None]
     reached = [c for c in wanted if c.obstacle is None]
@@ -114,57 +98,10 @@ def find_sites(
         warnings.warn(f"{message} They are left out (strict=False).", UserWarning, stacklevel=2)
     if not reached:
         raise ValueError(selects_nothing(everything, where))
-    second = _probe_again(model, inputs)
-    if second is not None:
-        reached = [_compared(c, second.get(str(c.site))) for c in reached]
     undecided = [c for c in reached if c.undecided is not None]
     if undecided:
         raise UndecidedChannelsError(_undecided(undecided), tuple(str(c.site) for c in undecided))
     return tuple(c.site for c in reached)
-
-
-def _probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Candidate]:
-    probe = Probe(model)
-    try:
-        with untouched(model, inputs), torch.inference_mode(False), torch.no_grad():
-            given = {name: tensor.detach().clone() for name, tensor in inputs.items()}
-            args, kwargs = ((given[""],), {}) if "" in given else ((), given)
-            probe.run(lambda: model(*args, **kwargs), list(given.values()))
-    except Exception as error:
-        shapes = ", ".join(
-            f"{name or 'example'} {tuple(t.shape)} {t.dtype} on {t.device}"
-            for name, t in inputs.items()
-        )
-        error.add_note(f"find_sites called {type(model).__name__} with {shapes}.")
-        raise
-    return candidates(probe)
-
-
-def _probe_again(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Candidate] | None:
-    """Candidates at another batch size and image size; None if the model takes no other."""
-    for grow in (32, 0):
-        try:
-            found = _probe(model, {name: resized(t, grow) for name, t in inputs.items()})
-        except Exception as error:  # whatever a model raises at a size that it does not take
-            _log.debug("no second probe with images larger by %d pixels: %s", grow, error)
-        else:
-            return {str(c.site): c for c in found}
-    return None
-
-
-def _compared(candidate: Candidate, other: Candidate | None) -> Candidate:
-    """The candidate, undecided if the second probe saw other channels there."""
-    if candidate.undecided is not None:
-        return candidate
-    if other is None:
-        return replace(candidate, undecided="it is not met at another batch or image size")
-    if other.undecided is None and other.site.shape != candidate.site.shape:
-        doubt = (
-            f"its statistics have the shape {candidate.site.shape} here and {other.site.shape} at "
-            f"another batch or image size"
-        )
-        return replace(candidate, undecided=doubt)
-    return candidate
 
 
 def _unreachable(missed: list[Candidate]) -> str:
