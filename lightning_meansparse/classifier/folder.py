@@ -105,6 +105,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_own(folder: Path) -> bool:
+    """Whether `save_classifier` wrote this folder."""
+    return (folder / "config.json").is_file() and read_config(folder).get("format") == FORMAT
+
+
 def load_folder(folder: Path, config: Mapping[str, Any]) -> Classifier:
     """Build the classifier that `save_classifier` wrote.
 

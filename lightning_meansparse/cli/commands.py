@@ -48,6 +48,12 @@ COMMANDS: dict[str, Command] = {
         "meansparse validate --config recipes/fashion_mnist_sweep.yaml --alpha 0.2",
         "lightning_meansparse.cli.validate",
     ),
+    "sites": Command(
+        "List the places of a model where operators can stand: name, shape of the statistics, "
+        "channel axis, role, the layer that made the channels; and what is left out, and why.",
+        "meansparse sites timm/resnet18",
+        "lightning_meansparse.cli.sites",
+    ),
     "sweep": Command(
         "Calibrate a classifier, choose alpha on held-out images, report on test images.",
         "meansparse sweep --config recipes/fashion_mnist_sweep.yaml",
