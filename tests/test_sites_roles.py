@@ -206,3 +206,16 @@ def test_a_shared_block_with_a_residual_sum_cannot_be_reached():
     net = Net(lambda m, x: m.block(m.block(x)), block=residual())
     with pytest.raises(UnreachableSitesError, match=r"block::add, residual sum amid the code of Wrapped"):
         find_sites(net, IMAGES, where="activations+residual")
+
+
+def test_a_gate_of_a_map_with_one_position_alone_is_an_activation():
+    """As in mobilevitv2, where small images leave one position, and nothing broadcasts."""
+
+    def attend(m, x):
+        x = m.pool(m.conv(x))
+        context = (m.scores(x).softmax(-1) * x).sum(-1, keepdim=True)
+        return m.conv(m.act(x) * context)
+
+    conv, scores = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)
+    net = Net(attend, conv=conv, scores=scores, act=nn.ReLU(), pool=nn.AvgPool2d(8))
+    assert roles(net, IMAGES) == {"act@in": "activation"}

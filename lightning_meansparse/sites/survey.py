@@ -111,7 +111,13 @@ def _probe_again(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe | None
 
 
 def _compared(candidate: Candidate, other: Candidate | None) -> Candidate:
-    """The candidate, undecided if the second probe saw other channels there."""
+    """The candidate, undecided if the second probe saw other channels there.
+
+    Where maps shrink to one position, factors that broadcast have the shape of what they multiply,
+    and an activation beside one may look like a gate: it is one only if both probes say so.
+    """
+    if other is not None and (candidate.site.role, other.site.role) == ("gate", "activation"):
+        candidate = replace(candidate, site=other.site)
     if candidate.undecided is not None:
         return candidate
     if other is None:
