@@ -1,6 +1,7 @@
 """Gates and residual sums are told by dataflow, never by name."""
 
 import pytest
+import timm
 import torch
 from nets import IMAGES, Net, Wrapped, found, roles
 from torch import nn
@@ -204,7 +205,9 @@ def test_adds_of_one_layer_with_itself_are_no_residual_sums():
 
 def test_a_shared_block_with_a_residual_sum_cannot_be_reached():
     net = Net(lambda m, x: m.block(m.block(x)), block=residual())
-    with pytest.raises(UnreachableSitesError, match=r"block::add, residual sum amid the code of Wrapped"):
+    with pytest.raises(
+        UnreachableSitesError, match=r"block::add, residual sum amid the code of Wrapped"
+    ):
         find_sites(net, IMAGES, where="activations+residual")
 
 
@@ -219,3 +222,10 @@ def test_a_gate_of_a_map_with_one_position_alone_is_an_activation():
     conv, scores = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)
     net = Net(attend, conv=conv, scores=scores, act=nn.ReLU(), pool=nn.AvgPool2d(8))
     assert roles(net, IMAGES) == {"act@in": "activation"}
+
+
+def test_attention_scores_and_their_bias_are_no_residual_sum():
+    model = timm.create_model("halonet26t").eval()
+    found = roles(model, torch.rand(1, 3, 128, 128), where="activations+residual")
+    assert not any("self_attn" in name for name in found)
+    assert set(found.values()) == {"activation"}, "every block's sum goes into an activation"

@@ -181,13 +181,20 @@ class Flow:
         )
 
 
-def is_residual(op: Op, values: list[Value], out: Tensor) -> bool:
-    """Whether an operation adds two whole tensors that different layers made."""
+def is_residual(op: Op, values: list[Value], total: Value) -> bool:
+    """Whether an operation adds two whole tensors that different layers made.
+
+    What has different channel axes, such as the scores and the position bias of an attention, is no
+    sum of features.
+    """
+    channels = total.trace.channels
+    agree = not isinstance(channels, str) or provenance.DISAGREEMENT not in channels
     return (
         op.name == "add"
         and len(values) == 2
         and values[0].layer != values[1].layer
-        and all(shape == out.shape for shape in op.shapes.values())
+        and all(shape == op.outs[0].shape for shape in op.shapes.values())
+        and agree
     )
 
 

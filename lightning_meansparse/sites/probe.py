@@ -153,7 +153,7 @@ class Probe(TorchDispatchMode):
         values = [value for _, value in known.values()]
         steps = self.flow.step(op, known, pointwise=pointwise, owner=self._owner().name or "")
         for leaf, value in zip(outs, steps, strict=True):
-            residual = turn is not None and is_residual(op, values, leaf)
+            residual = turn is not None and is_residual(op, values, value)
             self.flow[leaf] = self._add_sum(turn, value) if turn and residual else value
             if func._schema.is_mutable and leaf._base is not None:
                 self.flow.write_through(leaf._base, value)

@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 Channels = Tensor | str | None
 """Channel numbers, or why they are undecided, or None for a raw input that no layer made."""
 
+DISAGREEMENT = "joins tensors with different channel axes"
+"""Part of the reason why channels are undecided behind such an operation."""
+
 
 class Trace(NamedTuple):
     """Channel numbers of one tensor.

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_meansparse.sites.activations import names
-from lightning_meansparse.sites.provenance import Op, Trace, axes, compact, fit, numbering
+from lightning_meansparse.sites.provenance import (
+    DISAGREEMENT,
+    Op,
+    Trace,
+    axes,
+    compact,
+    fit,
+    numbering,
+)
 
 Rule = Callable[[Op], "list[Trace]"]
 
@@ -70,7 +78,7 @@ def _agree(found: Sequence[tuple[Trace, bool]], name: str) -> Trace:
         ):
             return Trace(trace.channels)
     shown = " and ".join(str(sorted(s)) for s, _ in sets)
-    return Trace(f"{name} joins tensors with different channel axes: {shown}")
+    return Trace(f"{name} {DISAGREEMENT}: {shown}")
 
 
 def _convolution(op: Op) -> list[Trace]:
