@@ -226,6 +226,6 @@ def test_a_gate_of_a_map_with_one_position_alone_is_an_activation():
 
 def test_attention_scores_and_their_bias_are_no_residual_sum():
     model = timm.create_model("halonet26t").eval()
-    found = roles(model, torch.rand(1, 3, 128, 128), where="activations+residual")
+    found = roles(model, torch.rand(1, 3, 256, 256), where="activations+residual")
     assert not any("self_attn" in name for name in found)
     assert set(found.values()) == {"activation"}, "every block's sum goes into an activation"
