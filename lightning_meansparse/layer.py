@@ -163,9 +163,13 @@ class MeanSparse(nn.Module):
             return self.mean.mean().expand_as(self.mean)
         return torch.zeros_like(self.mean) if self.center == "zero" else self.mean
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to."""
-        return mean_sparse(
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to.
+
+        ``inplace`` writes the result into ``x`` and returns that: for activations that overwrite
+        their input, which the network may use again under another name.
+        """
+        y = mean_sparse(
             x,
             self.reference,
             self.var,
@@ -173,6 +177,7 @@ class MeanSparse(nn.Module):
             backward=self.backward,
             temperature=self.temperature,
         )
+        return x.copy_(y) if inplace else y
 
     def extra_repr(self) -> str:
         """Shape, α and centre, for ``print(model)``."""
@@ -229,7 +234,17 @@ def _fits(inner: torch.Size, outer: torch.Size) -> bool:
 
 
 def _forward(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where((x - mean).abs() < threshold, mean.to(x.dtype), x)
+    y = torch.where((x - mean).abs() < threshold, mean.to(x.dtype), x)
+    if _laid_out_alike(y, x):
+        return y
+    # What comes next rounds differently in another memory layout, and α = 0 must change nothing.
+    return x.new_empty_strided(x.shape, x.stride()).copy_(y)
+
+
+def _laid_out_alike(y: Tensor, x: Tensor) -> bool:
+    """Whether two tensors have the same strides, as far as they matter and can be had anew."""
+    steps = [(a, b) for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if n != 1]
+    return all(a == b for a, b in steps) or any(a == 0 for a, _ in steps)
 
 
 class _Surrogate(torch.autograd.Function):

@@ -1,12 +1,14 @@
 """Sites amid a module's code: which are found, that operators stand just there, and exact undo."""
 
 import ast
+import contextlib
 import copy
 import functools
 import linecache
 import pickle
 import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -145,6 +147,61 @@ class Residual(Base):
         return self.classify(self.act(self.again(x)))
 
 
+class Nested(Base):
+    """Functions inside the forward, one in two lines, each called twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(y: Tensor) -> Tensor:
+            y = self.again(y)
+            return F.relu(y)
+
+        fold = lambda y: torch.tanh(self.again(y))  # noqa: E731
+        return self.classify(fold(fold(block(block(self.conv(x))))))
+
+
+class Methods(Base):
+    """Static, class and decorated methods, a property, and calls of calls."""
+
+    @staticmethod
+    def still(x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    @classmethod
+    def classy(cls, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    @torch.enable_grad()
+    def decorated(self, x: Tensor) -> Tensor:
+        return F.elu(x)
+
+    @property
+    def chosen(self) -> nn.Module:
+        return self.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.still(self.conv(x))
+        x = self.classy(self.again(x))
+        x = self.decorated(self.again(x))
+        x = self.chosen(self.again(x))
+        x = getattr(F, "silu")(self.again(x))  # noqa: B009
+        return self.classify(functools.partial(F.leaky_relu, negative_slope=0.3)(self.again(x)))
+
+
+class Overwritten(Base):
+    """Its activations overwrite what the network uses again under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = self.again(self.act(x)) + x
+        z = self.again(F.elu(y, 0.7, True)) + y
+        z.sigmoid_()
+        return self.classify(z)
+
+
 class Repeated(Base):
     """A module with a functional call, called twice: one site for both runs."""
 
@@ -203,6 +260,22 @@ NETS: dict[str, tuple[Any, list[str]]] = {
         Attribute,
         ["::act_fn[0]@in", "::table[0]@in", "::partial[0]@in", "::wrapped[0]@in"],
     ),
+    "nested": (Nested, ["::relu[0]@in", "::relu[1]@in", "::tanh[0]@in", "::tanh[1]@in"]),
+    "methods": (
+        Methods,
+        [
+            "::relu[0]@in",
+            "::gelu[0]@in",
+            "::elu[0]@in",
+            "act@in",  # by way of a property, once
+            "::getattr_call[0]@in",
+            "::partial_call[0]@in",
+        ],
+    ),
+    "overwritten": (
+        Overwritten,
+        ["act@in", "::elu[0]@in", "::sigmoid[0]@in"],
+    ),
     "repeated": (Repeated, ["block::relu[0]@in"]),
     "sequence": (in_sequence, ["::module[1]@in", "::module[3]@in"]),
     "decorated": (Decorated, ["::relu[0]@in"]),
@@ -247,10 +320,10 @@ class Reference(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def statistics_of(model: nn.Module, runs: int) -> list[tuple[Tensor, Tensor, float]]:
-    """What the operators hold, in execution order; the repeated net runs its one twice."""
-    found = [(op.mean, op.var, op.alpha.item()) for op in operators(model).values()]
-    return found * (runs // len(found))
+def statistics_of(model: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, float]]:
+    """What the operators hold, in the order given."""
+    found = operators(model)
+    return [(found[name].mean, found[name].var, found[name].alpha.item()) for name in names]
 
 
 def anatomy(model: nn.Module) -> list[Any]:
@@ -275,14 +348,15 @@ def test_operators_stand_just_before_every_activation(case):
     calibrate_(model, [IMAGES])
     with torch.no_grad():
         assert torch.equal(model(IMAGES), base(IMAGES)), "alpha 0 must be the base, bit for bit"
-        runs = 2 if expected == ["block::relu[0]@in"] else len(expected)
-        with Reference(statistics_of(model, runs)) as seen:
+        repeated = expected == ["block::relu[0]@in"]  # one operator for two runs
+        order = expected * 2 if repeated else expected
+        with Reference(statistics_of(model, order)) as seen:
             base(IMAGES)
-        if runs == len(expected):
-            for name, x in zip(expected, seen.inputs, strict=True):
-                torch.testing.assert_close(operators(model)[name].mean.flatten(), x.mean((0, 2, 3)))
+        inputs = [torch.cat(seen.inputs)] if repeated else seen.inputs
+        for name, x in zip(expected, inputs, strict=True):
+            torch.testing.assert_close(operators(model)[name].mean.flatten(), x.mean((0, 2, 3)))
         set_alpha(model, 0.7)
-        with Reference(statistics_of(model, runs)):
+        with Reference(statistics_of(model, order)):
             sparse = base(IMAGES)
         assert torch.equal(model(IMAGES), sparse)
         assert not torch.equal(sparse, base(IMAGES))
@@ -396,6 +470,50 @@ def test_activation_checkpointing_of_the_owner_gives_the_same_gradients():
         x = IMAGES.clone().requires_grad_()
         gradients.append(torch.autograd.grad(run(x).square().sum(), x)[0])
     assert torch.equal(*gradients)
+
+
+class Checkpointed(Base):
+    """Parts of its forward are run again in the backward pass, in three ways."""
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.relu(self.again(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for _ in range(2):
+            x = checkpoint(self.part, x, use_reentrant=self.reentrant)
+        x = checkpoint(lambda y: self.part(F.relu(y)), x, use_reentrant=self.reentrant)
+        return self.classify(F.relu(x))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_parts_of_the_owner_gives_the_same_gradients(reentrant):
+    model, gradients = Checkpointed().eval(), []
+    model.reentrant = reentrant
+    sites = find_sites(model, IMAGES)
+    assert [str(site) for site in sites] == [f"::relu[{i}]@in" for i in range(5)]
+    sparsify_(model, sites)
+    calibrate_(model, [IMAGES])
+    for i in range(5):  # an operator at a wrong turn would have another band
+        set_alpha(model, {f"::relu[{i}]@in": 0.2 * (i + 1)})
+    for context in (contextlib.nullcontext(), unchecked()):
+        x = IMAGES.clone().requires_grad_()
+        with context:
+            model(x).square().sum().backward()
+        leaves = [x, *(p for p in model.parameters())]
+        gradients.append([leaf.grad for leaf in leaves])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(bool(one.any()) for one in gradients[0])
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Checkpointing replaced by a plain call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "checkpoint", lambda f, x, use_reentrant: f(x))
+        yield
 
 
 def test_threads_do_not_disturb_each_other():
@@ -581,6 +699,6 @@ def test_names_of_code():
         "classify",
         "outer_helper",
     }
-    texts = ["x.relu_()", "self.acts[0]", "F.relu", "get_act()", "lambda: 0", "a or b"]
+    texts = ["x.relu_", "self.acts[0]", "F.relu", "get_act()", "lambda: 0", "a or b"]
     named = [called(ast.parse(text, mode="eval").body) for text in texts]
-    assert named == ["relu", "acts", "relu", "get_act", None, None]
+    assert named == ["relu", "acts", "relu", "get_act_call", None, None]

@@ -5,7 +5,7 @@ every call of the wanted names routed through the operators that the owner holds
 
     x = self.relu(self.bn1(x))    x = _meansparse_call("relu", walk, self.relu, self.bn1(x))
     x += identity                 x = _meansparse_sum("add", walk, iadd, x, identity)
-    x = self.helper(x)            x = partial(the_helper_anew, self, walk=walk)(x)
+    x = self.helper(x)            x = _meansparse_bind(walk, the_helper_anew, self)(x)
 
 The walk, made anew in each forward, counts how often the code has come to each name. Turn 1 of
 `relu` asks the owner for its child `meansparse_in__relu_1` and, if there is one, gives it the input
@@ -18,6 +18,6 @@ The subclass is found by its base and the names alone: `deepcopy` and `pickle` s
 """
 
 from lightning_meansparse.rewrite.classes import base_of, check_call, route_
-from lightning_meansparse.rewrite.runtime import PREFIX, call_of, child_of
+from lightning_meansparse.rewrite.runtime import PREFIX, acts_in_place, call_of, child_of
 
-__all__ = ["PREFIX", "base_of", "call_of", "check_call", "child_of", "route_"]
+__all__ = ["PREFIX", "acts_in_place", "base_of", "call_of", "check_call", "child_of", "route_"]

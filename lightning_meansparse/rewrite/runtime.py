@@ -6,6 +6,7 @@ import operator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.sites.source import REWRITTEN, is_whole_sum
@@ -39,22 +40,38 @@ def _operator(walk: Walk, name: str, side: str) -> Any:
 
 def _call(name: str, walk: Walk, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`function(x)`, its input through the operator."""
-    operate = _operator(walk, name, "in")
-    if operate is None:
-        return function(*args, **kwargs)
-    if args:
-        return function(operate(args[0]), *args[1:], **kwargs)
-    key = "input" if "input" in kwargs else next(iter(kwargs))
-    return function(**{**kwargs, key: operate(kwargs[key])})
+    return _called(name, walk, function, args, kwargs, acts_in_place(function, args, kwargs))
 
 
 def _call_in_place(name: str, walk: Walk, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`function(x)` as a statement of its own: what happens to `x` must happen to `x` itself."""
+    return _called(name, walk, function, args, kwargs, True)
+
+
+def _called(
+    name: str, walk: Walk, function: Any, args: tuple[Any, ...], kwargs: Any, inplace: bool
+) -> Any:
     operate = _operator(walk, name, "in")
-    if operate is not None:
-        x = args[0] if args else kwargs["input"]
-        x.copy_(operate(x))
-    return function(*args, **kwargs)
+    if operate is None:
+        return function(*args, **kwargs)
+    if args:
+        return function(operate(args[0], inplace=inplace), *args[1:], **kwargs)
+    key = "input" if "input" in kwargs else next(iter(kwargs))
+    return function(**{**kwargs, key: operate(kwargs[key], inplace=inplace)})
+
+
+def acts_in_place(function: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> bool:
+    """Whether a call overwrites its input: as `nn.ReLU(inplace=True)` and `F.relu_` do."""
+    if isinstance(function, partial):
+        return acts_in_place(
+            function.func, function.args + args, {**function.keywords, **(kwargs or {})}
+        )
+    return (
+        getattr(function, "inplace", False) is True
+        or (kwargs or {}).get("inplace") is True
+        or any(argument is True for argument in args)
+        or str(getattr(function, "__name__", "")).endswith("_")
+    )
 
 
 def _receive(name: str, walk: Walk, receiver: Any, /) -> Any:
@@ -64,9 +81,9 @@ def _receive(name: str, walk: Walk, receiver: Any, /) -> Any:
 
 
 def _receive_in_place(name: str, walk: Walk, receiver: Any, /) -> Any:
-    """The `x` of `x.relu_()` as a statement of its own."""
+    """The `x` of `x.relu_()`, or of `x.relu()` as a statement of its own."""
     operate = _operator(walk, name, "in") if isinstance(receiver, Tensor) else None
-    return receiver if operate is None else receiver.copy_(operate(receiver))
+    return receiver if operate is None else operate(receiver, inplace=True)
 
 
 def _sum(name: str, walk: Walk, add: Any, left: Any, right: Any, /) -> Any:
@@ -80,7 +97,25 @@ def _sum_in_place(name: str, walk: Walk, add: Any, left: Any, right: Any, /) -> 
     """`x.add_(y)` as a statement of its own."""
     operate = _operator(walk, name, "out") if is_whole_sum(left, right) else None
     total = add(left, right)
-    return total if operate is None else total.copy_(operate(total))
+    return total if operate is None else operate(total, inplace=True)
+
+
+def _bind(walk: Walk, function: Any, /, *first: Any) -> Any:
+    """A function that goes on with the walk, or from where it began if the backward pass reruns it.
+
+    Activation checkpointing calls it again then, when the walk has long come to its end.
+    """
+    owner, turns = walk
+    begun: list[dict[str, int]] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        again = bool(begun) and torch._C._current_graph_task_id() != -1
+        if not begun:
+            begun.append(dict(turns))
+        now = (owner, dict(begun[0])) if again else walk
+        return function(*first, *args, **kwargs, **{f"{REWRITTEN}walk": now})
+
+    return run
 
 
 RUNTIME: dict[str, Any] = {
@@ -94,7 +129,7 @@ RUNTIME: dict[str, Any] = {
         _sum_in_place,
         operator.add,
         operator.iadd,
-        partial,
+        _bind,
     )
 }
 """The functions, by the names under which rewritten code finds them."""

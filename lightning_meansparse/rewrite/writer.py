@@ -11,6 +11,7 @@ from copy import deepcopy
 from functools import reduce
 from operator import or_
 from types import CellType, CodeType, FunctionType
+from typing import Any
 
 from lightning_meansparse.rewrite.runtime import RUNTIME
 from lightning_meansparse.sites.source import (
@@ -76,7 +77,10 @@ class _Writer:
             name = f"{REWRITTEN}function_{len(self._written)}"
             self._written[function.function] = name
             self.cells[name] = CellType()  # before it is written, as it may call itself
-            self.cells[name].cell_contents = self.write(function)
+            written = self.write(function)
+            self.cells[name].cell_contents = _decorated(
+                function.decorated, function.function, written
+            )
         return self._written[function.function]
 
     def write(self, function: Function, *, entry: bool = False) -> FunctionType:
@@ -121,7 +125,9 @@ class _Rewriter(ast.NodeTransformer):
     def function(self, *, entry: bool) -> ast.FunctionDef:
         """The definition. Decorators, defaults and annotations are taken over later."""
         node = deepcopy(self.source.node)
-        node.body = [self.visit(statement) for statement in node.body]
+        body = ast.Module(node.body, [])
+        self.generic_visit(body)
+        node.body = body.body
         node.decorator_list, node.returns, arguments = [], None, node.args
         for argument in ast.walk(arguments):
             if isinstance(argument, ast.arg):
@@ -132,8 +138,7 @@ class _Rewriter(ast.NodeTransformer):
             walk = ast.Tuple([_load(self.me), ast.Dict([], [])], ast.Load())
             node.body.insert(0, ast.Assign([ast.Name(_WALK, ast.Store())], walk))
         else:
-            arguments.kwonlyargs.append(ast.arg(_WALK))
-            arguments.kw_defaults.append(None)
+            self._take_walk(arguments)
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
@@ -181,11 +186,38 @@ class _Rewriter(ast.NodeTransformer):
         node.id = mangled(node.id, self.source.home)
         return node if used is None else self._bound(used)
 
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        """A function inside the function: it is given the walk like any helper."""
+        self.generic_visit(node)
+        if not _walks(node):
+            return node
+        self._take_walk(node.args)
+        again = ast.Assign([ast.Name(node.name, ast.Store())], self._bind(_load(node.name)))
+        return [node, again]
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        """The same for a lambda."""
+        self.generic_visit(node)
+        if not _walks(node):
+            return node
+        self._take_walk(node.args)
+        return self._bind(node)
+
+    @staticmethod
+    def _take_walk(arguments: ast.arguments) -> None:
+        arguments.kwonlyargs.append(ast.arg(_WALK))
+        arguments.kw_defaults.append(None)
+
+    @staticmethod
+    def _bind(function: ast.expr, *first: ast.expr) -> ast.Call:
+        return ast.Call(_load(REWRITTEN + "bind"), [_load(_WALK), function, *first], [])
+
     def _bound(self, used: Function) -> ast.Call:
-        arguments: list[ast.expr] = [_load(self.writer.reference(used))]
-        if used.home is not None:
-            arguments.append(_load(self.me))
-        return ast.Call(_load(REWRITTEN + "partial"), arguments, [ast.keyword(_WALK, _load(_WALK))])
+        owner: ast.expr = _load(self.me)
+        if used.gets == "class" and self.source.gets == "owner":
+            owner = ast.Attribute(owner, "__class__", ast.Load())
+        first = [] if used.gets == "nothing" else [owner]
+        return self._bind(_load(self.writer.reference(used)), *first)
 
     def _call(self, node: ast.Call, how: str) -> ast.Call:
         name, total = called(node.func), is_sum(node)
@@ -201,6 +233,7 @@ class _Rewriter(ast.NodeTransformer):
         if total:
             return _runtime("sum" + how, name, node.func, *node.args)
         if method is not None and not node.args and not node.keywords:
+            how = "_in_place" if method.attr.endswith("_") else how
             received = _runtime("receive" + how, name, method.value)
             node.func = ast.Attribute(received, method.attr, ast.Load())
             return node
@@ -226,6 +259,11 @@ def _runtime(function: str, name: str, *arguments: ast.expr) -> ast.Call:
     """A call of one of the functions that rewritten code calls."""
     lead = [ast.Constant(name), _load(_WALK)]
     return ast.Call(_load(REWRITTEN + function), [*lead, *arguments], [])
+
+
+def _walks(node: ast.AST) -> bool:
+    """Whether anything in a tree needs the walk."""
+    return any(isinstance(n, ast.Name) and n.id == _WALK for n in ast.walk(node))
 
 
 def _place(node: ast.expr) -> tuple[type, int, int, int | None, int | None]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ REWRITTEN = "_meansparse_"
 TORCH = os.path.dirname(torch.__file__) + os.sep
 OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
+Gets = Literal["owner", "class", "nothing"]
+
 
 @dataclass(eq=False)
 class Function:
@@ -41,6 +44,8 @@ class Function:
         decorated: As its class or module holds it.
         node: Its definition.
         home: The class that defines it, None for a function of a module.
+        gets: What it gets as its first argument without being given it: the `"owner"`, its
+            `"class"`, or `"nothing"`.
         uses: Other functions of the code, by the expression that names them; `forward` is found by
             following these.
     """
@@ -49,6 +54,7 @@ class Function:
     decorated: FunctionType
     node: ast.FunctionDef
     home: type | None
+    gets: Gets = "nothing"
     uses: dict[ast.expr, Function] = field(default_factory=dict)
 
 
@@ -60,8 +66,9 @@ def called(node: ast.expr) -> str | None:
 
     Examples:
         >>> import ast
-        >>> [called(ast.parse(t, mode="eval").body) for t in ("F.relu_", "self.acts[0]", "x or y")]
-        ['relu', 'acts', None]
+        >>> texts = "F.relu_", "self.acts[0]", "get_act('relu')", "x or y"
+        >>> [called(ast.parse(text, mode="eval").body) for text in texts]
+        ['relu', 'acts', 'get_act_call', None]
     """
     if isinstance(node, ast.Name):
         return node.id.rstrip("_") or None
@@ -70,7 +77,8 @@ def called(node: ast.expr) -> str | None:
     if isinstance(node, ast.Subscript):
         return called(node.value)
     if isinstance(node, ast.Call):
-        return called(node.func)
+        maker = called(node.func)
+        return maker and f"{maker}_call"
     return None
 
 
@@ -170,22 +178,20 @@ def code_of(cls: type) -> dict[CodeType, Function]:
     """Every function that a module's `forward` may come to, by its code and by code nested in it.
 
     Followed are the class's own methods (`self.f`, `super().f`) and functions of modules outside
-    torch that the code names. Decorated ones are not, except `forward` itself. Empty if `forward`
-    has no source.
+    torch that the code names, through decorators that pass all arguments on. Empty if `forward` has
+    no source.
     """
     functions: dict[FunctionType, Function] = {}
     found: dict[CodeType, Function] = {}
     start = _lookup(cls.__mro__, "forward")
-    if start is None:
-        return found
-    first = _add(functions, start[1], start[0], decorated=True)
+    first = start and _add(functions, start, entry=True)
     waiting = [first] if first else []
     while waiting:
         user = waiting.pop()
         found.update((code, user) for code in _nested(user.function.__code__))
-        for expression, target, home in _references(user, cls):
-            known = target in functions
-            used = _add(functions, target, home)
+        for expression, target in _references(user, cls):
+            known = target.decorated in functions
+            used = _add(functions, target)
             if used is not None:
                 user.uses[expression] = used
                 if not known:
@@ -196,33 +202,50 @@ def code_of(cls: type) -> dict[CodeType, Function]:
 def forward_of(cls: type) -> Function | None:
     """The `forward` of a class, None if it has no source."""
     start = _lookup(cls.__mro__, "forward")
-    code = inspect.unwrap(start[1]).__code__ if start else None
+    code = inspect.unwrap(start.decorated).__code__ if start else None
     return code_of(cls).get(code) if code else None
 
 
+class _Named(NamedTuple):
+    """A function that code names."""
+
+    decorated: FunctionType
+    home: type | None = None
+    gets: Gets = "nothing"
+
+
 def _add(
-    functions: dict[FunctionType, Function],
-    function: FunctionType,
-    home: type | None,
-    *,
-    decorated: bool = False,
+    functions: dict[FunctionType, Function], named: _Named, *, entry: bool = False
 ) -> Function | None:
-    if function not in functions:
-        plain = inspect.unwrap(function)
-        node = _definition(plain) if isinstance(plain, FunctionType) else None
-        # A decorator that leaves no trace at run time (`auto_docstring`, `staticmethod`) is none.
-        if node is None or (plain is not function and not decorated):
+    decorated, home, gets = named
+    if decorated not in functions:
+        plain, decorators = decorated, []
+        while isinstance(getattr(plain, "__wrapped__", None), FunctionType):
+            decorators.append(plain)
+            plain = plain.__wrapped__  # type: ignore[attr-defined]
+        node = _definition(plain)
+        # A rewritten helper gets one more argument, which its decorators must let through.
+        if node is None or not (entry or all(map(_passes_all_on, decorators))):
             return None
-        functions[function] = Function(plain, function, node, home)
-    return functions[function]
+        functions[decorated] = Function(plain, decorated, node, home, gets)
+    return functions[decorated]
 
 
-def _lookup(mro: tuple[type, ...], name: str) -> tuple[type, FunctionType] | None:
-    """The class that defines a method, and the plain function that it is."""
+def _passes_all_on(decorator: FunctionType) -> bool:
+    every = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    return decorator.__code__.co_flags & every == every
+
+
+def _lookup(mro: tuple[type, ...], name: str) -> _Named | None:
+    """The method that a class has by that name, if it is a Python function."""
     for cls in mro:
         if name in vars(cls):
-            found = vars(cls)[name]
-            return (cls, found) if isinstance(found, FunctionType) else None
+            found: object = vars(cls)[name]
+            gets: Gets = "owner"
+            if isinstance(found, staticmethod | classmethod):
+                gets = "class" if isinstance(found, classmethod) else "nothing"
+                found = found.__func__
+            return _Named(found, cls, gets) if isinstance(found, FunctionType) else None
     return None
 
 
@@ -233,11 +256,11 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _references(user: Function, cls: type) -> Iterator[tuple[ast.expr, FunctionType, type | None]]:
+def _references(user: Function, cls: type) -> Iterator[tuple[ast.expr, _Named]]:
     """Expressions in a function's body that name another function of the code."""
     names = {**user.function.__globals__, **_closure(user.function)}
     arguments = user.node.args.posonlyargs + user.node.args.args
-    me = arguments[0].arg if user.home and arguments else None
+    me = arguments[0].arg if user.gets != "nothing" and arguments else None
     own = set(user.function.__code__.co_varnames) | set(user.function.__code__.co_cellvars)
     for statement in user.node.body:
         for node in ast.walk(statement):
@@ -249,19 +272,19 @@ def _references(user: Function, cls: type) -> Iterator[tuple[ast.expr, FunctionT
                     mro = cls.__mro__[cls.__mro__.index(user.home) + 1 :]
                 if mro is not None:
                     method = _lookup(mro, mangled(node.attr, user.home))
-                    if method is not None and method[0] is not nn.Module:
-                        yield node, method[1], method[0]
+                    if method is not None and method.home is not nn.Module:
+                        yield node, method
                 elif isinstance(node.value, ast.Name) and node.value.id not in own:
                     home = names.get(node.value.id)
                     if isinstance(home, ModuleType) and _foreign(vars(home).get(node.attr)):
-                        yield node, vars(home)[node.attr], None
+                        yield node, _Named(vars(home)[node.attr])
             elif (
                 isinstance(node, ast.Name)
                 and isinstance(node.ctx, ast.Load)
                 and node.id not in own
                 and _foreign(names.get(node.id))
             ):
-                yield node, names[node.id], None
+                yield node, _Named(names[node.id])
 
 
 def mangled(name: str, home: type | None) -> str:
@@ -297,8 +320,9 @@ def _foreign(function: object) -> bool:
     """Whether something is a Python function that may hold a network's code: none of torch's."""
     if not isinstance(function, FunctionType):
         return False
-    home = function.__code__.co_filename
-    return not home.startswith((TORCH, OURS)) and not is_known(function.__globals__)
+    plain = inspect.unwrap(function)  # not what torch's decorators put around it
+    home = plain.__code__.co_filename if isinstance(plain, FunctionType) else TORCH
+    return not home.startswith((TORCH, OURS)) and not is_known(plain.__globals__)
 
 
 def is_known(names: dict[str, object]) -> bool:

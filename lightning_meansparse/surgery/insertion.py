@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_meansparse.layer import Center, MeanSparse, check_alpha, check_center
-from lightning_meansparse.rewrite import PREFIX, base_of, call_of, check_call, child_of, route_
+from lightning_meansparse.rewrite import (
+    PREFIX,
+    acts_in_place,
+    base_of,
+    call_of,
+    check_call,
+    child_of,
+    route_,
+)
 from lightning_meansparse.sites import Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -127,7 +135,8 @@ def shorten(names: Sequence[str], limit: int = 8) -> str:
 
 
 def _on_input(module: nn.Module, args: tuple[Any, ...], *, child: str) -> tuple[Any, ...]:
-    return (module._modules[child](args[0]), *args[1:])  # type: ignore[misc]
+    operate: Any = module._modules[child]
+    return (operate(args[0], inplace=acts_in_place(module)), *args[1:])
 
 
 def _on_output(
