@@ -20,7 +20,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torchvision import models as tv
 
-from lightning_meansparse import calibrate_, find_sites, restore_, set_alpha, sparsify_
+from lightning_meansparse import (
+    calibrate_,
+    find_sites,
+    load_adapter,
+    restore_,
+    save_adapter,
+    set_alpha,
+    sparsify_,
+)
 from lightning_meansparse.sites import Site, UnreachableSitesError
 from lightning_meansparse.sites.source import SUM, called, code_of
 from lightning_meansparse.surgery import operators
@@ -418,6 +426,18 @@ def test_copies_and_pickles_keep_their_operators(case):
     if not hasattr(model, "wrapped"):  # a lambda cannot be pickled, with or without operators
         with torch.no_grad():
             assert torch.equal(pickle.loads(pickle.dumps(model))(IMAGES), expected)
+
+
+def test_an_adapter_finds_them_by_name_alone(case, tmp_path):
+    model, _ = case
+    twin = copy.deepcopy(model)
+    where = "activations+residual"
+    sparsify_(model, find_sites(model, IMAGES, where=where), alpha=0.5)
+    calibrate_(model, [IMAGES])
+    save_adapter(model, tmp_path)
+    load_adapter(twin, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(twin(IMAGES), model(IMAGES))
 
 
 def test_a_class_that_pickles_itself_is_refused_by_name():
