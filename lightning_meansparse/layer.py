@@ -170,7 +170,8 @@ class MeanSparse(nn.Module):
         their input, which the network may use again under another name.
         """
         y = mean_sparse(
-            x,
+            # The backward pass of a surrogate looks at its input again, which is about to change.
+            x.clone() if inplace and self.backward != "exact" else x,
             self.reference,
             self.var,
             self.alpha,

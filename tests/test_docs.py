@@ -8,6 +8,7 @@ subcommand with its options must exist.
 
 from __future__ import annotations
 
+import linecache
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -70,9 +71,14 @@ def test_the_walk_finds_pages_and_blocks() -> None:
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, in_tmp_path: Path) -> None:
     namespace: dict[str, object] = {"__name__": "__docs__"}
+    source = ""
     for block in blocks(page, "python"):
-        # Compiled with the page's own file and line, so that a traceback points into the page.
-        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+        # Compiled with the page's own file and line, so that a traceback points into the page; and
+        # with a source, as a script or a notebook has one.
+        text = "\n" * (block.line - 1) + block.code
+        source += text[source.count("\n") :] + "\n"
+        linecache.cache[str(page)] = (len(source), None, source.splitlines(True), str(page))
+        code = compile(text, str(page), "exec")
         if block.reason is None:
             exec(code, namespace)
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models as tv
 
 from lightning_meansparse import (
+    backward_rule,
     calibrate_,
     find_sites,
     load_adapter,
@@ -431,8 +432,7 @@ def test_copies_and_pickles_keep_their_operators(case):
 def test_an_adapter_finds_them_by_name_alone(case, tmp_path):
     model, _ = case
     twin = copy.deepcopy(model)
-    where = "activations+residual"
-    sparsify_(model, find_sites(model, IMAGES, where=where), alpha=0.5)
+    sparsify_(model, find_sites(model, IMAGES), alpha=0.5)
     calibrate_(model, [IMAGES])
     save_adapter(model, tmp_path)
     load_adapter(twin, tmp_path)
@@ -534,6 +534,30 @@ def unchecked() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "checkpoint", lambda f, x, use_reentrant: f(x))
         yield
+
+
+@pytest.mark.parametrize("rule", ["exact", "identity", "smooth"])
+def test_operators_that_overwrite_their_input_have_the_gradients_of_those_that_do_not(rule):
+    model = Overwritten().eval()
+    twin = copy.deepcopy(model)
+    twin.forward = functools.partial(out_of_place, twin)
+    sparsify_(model, find_sites(model, IMAGES), alpha=0.5)
+    calibrate_(model, [IMAGES])
+    twin.operators = list(operators(model).values())
+    gradients = []
+    for net in (model, twin):
+        x = IMAGES.clone().requires_grad_()
+        with backward_rule(model, rule):
+            gradients.append(torch.autograd.grad(net(x).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-5)  # sums come in another order
+
+
+def out_of_place(self: Any, x: Tensor) -> Tensor:
+    """`Overwritten`, with operators and without overwriting anything."""
+    first, second, third = self.operators
+    x = F.relu(first(self.conv(x)))
+    y = F.elu(second(self.again(x) + x), 0.7)
+    return self.classify(third(self.again(y) + y).sigmoid())
 
 
 def test_threads_do_not_disturb_each_other():
