@@ -1,0 +1,159 @@
+"""Hard models under the oracle, and what the sweep over all (`make coverage`) left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models import _registry
+from transformers.models.auto import modeling_auto
+
+from tests.coverage.__main__ import PAGE, RECORD
+from tests.coverage.check import check_model
+from tests.coverage.models import LEFT_OUT, Model, chosen, models
+from tests.coverage.report import outcome, page, reasons
+from tests.coverage.sweep import sweep
+
+# What makes them hard stands beside them. Each is asked everything that the sweep asks.
+HARD = [
+    "torchvision/resnet18",  # one ReLU module for two calls
+    "torchvision/googlenet",  # functional calls in one class for all convolutions
+    "torchvision/densenet121",  # concatenated features, functional calls
+    "timm/res2net50_14w_8s",  # one ReLU in a loop
+    "timm/hrnet_w18_small",  # one ReLU for all branches
+    "timm/efficientvit_b0",  # one ReLU for queries and keys; channels on two axes
+    "timm/mobilevitv2_050",  # functional calls in helper methods
+    "timm/bat_resnext26ts",  # bilinear attention
+    "timm/regnetz_b16_evos",  # an activation inside a norm, written by hand
+    "timm/coat_tiny",  # one MLP for tokens of three sizes
+    "timm/dm_nfnet_f0",  # activation classes of its own
+    "timm/swinv2_tiny_window8_256",  # an MLP over constants
+    "hf/ViTForImageClassification",
+    "hf/SwinForImageClassification",
+    "hf/ConvNextForImageClassification",  # channels last amid channels first
+]
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.filterwarnings("ignore")  # whatever the three libraries have to say
+def test_hard_models(name: str) -> None:
+    (model,) = (m for m in models() if m.name == name)
+    result = check_model(*model.build())
+    assert result.passed, "\n".join(reasons(result.as_dict()))
+    assert result.calls - result.gates == result.reached > 0
+    assert result.told == result.operators
+
+
+# ---------------------------------------------------------------------------------------- the list
+
+
+def names(library: str) -> set[str]:
+    return {model.short for model in models() if model.library == library}
+
+
+def test_every_file_of_timm_that_has_models_is_in_the_list() -> None:
+    files = _registry._module_to_models
+    listed = {
+        timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in names("timm")
+    }
+    assert len(files) > 90
+    assert set(files) - listed == set()
+
+
+def test_every_class_that_transformers_maps_is_in_the_list() -> None:
+    mapped = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    classes = {name for each in mapped for name in ([each] if isinstance(each, str) else each)}
+    assert len(classes) > 40
+    assert classes == names("hf")
+    assert len(LEFT_OUT) <= 2
+
+
+def test_every_family_of_torchvision_is_in_the_list() -> None:
+    def family(name: str) -> str:
+        return re.match(r"[a-z]+(_v\d|_[xy])?", name)[0]  # type: ignore[index]
+
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    assert len(classifiers) > 70
+    assert {family(name) for name in classifiers} == {family(name) for name in names("torchvision")}
+
+
+def test_names_are_unique_and_can_be_chosen() -> None:
+    assert len({model.name for model in models()}) == len(models()) > 290
+    assert [model.name for model in chosen("torchvision/vgg")] == [
+        "torchvision/vgg11",
+        "torchvision/vgg11_bn",
+    ]
+
+
+# ---------------------------------------------------------------------------------------- the sweep
+
+
+def test_a_process_that_crashes_or_hangs_takes_nothing_along() -> None:
+    fake = [Model("timm/no_such_model"), Model("timm/test_vit", 32, {"img_size": 32})]
+    (first, crashed), (second, good) = sweep(fake, jobs=1, limit=60, strict=True)
+    assert (first.name, second.name) == ("timm/no_such_model", "timm/test_vit")
+    assert "Unknown model (no_such_model)" in crashed["crash"]
+    assert outcome(good).startswith("6 of 6 activation calls reached, 0 gates left out")
+    slow = Model("timm/test_vit", 32, {"img_size": 32, "depth": 5000})
+    ((_, late),) = sweep([slow], jobs=1, limit=0.5, strict=True)
+    assert outcome(late) == "FAILED: not done after 0.5 seconds"
+
+
+def row(**changes: object) -> dict[str, object]:
+    good = {"calls": 5, "gates": 1, "reached": 4, "operators": 4, "told": 4, "seconds": 1.0}
+    return good | {"missed": [], "failures": [], "error": "", "build_seconds": 0.5} | changes
+
+
+def test_the_page_tells_what_fails_and_why() -> None:
+    rows = {
+        "timm/good": row(),
+        "timm/untold": row(told=3),
+        "timm/short": row(reached=3, missed=["relu in block_1"]),
+        "hf/wrong": row(failures=["a_ran twice", "b", "c", "d"]),
+        "hf/refused": row(reached=0, error="UnreachableSitesError: <lambda>", missed=["x", "y"]),
+        "torchvision/dead": {"crash": "Traceback\n  File\nRuntimeError: no"},
+        "torchvision/absent": {"left_out": "needs a key"},
+    }
+    text = page(
+        {
+            "date": "2025-01-01",
+            "versions": {"torch": "2.15"},
+            "minutes": 9.5,
+            "jobs": 2,
+            "models": rows,
+        }
+    )
+    assert "In 3 of 6 models (50.0%) every input-dependent activation call" in text
+    assert "; 2 of 6 pass every check below" in text
+    assert "| timm | 3 | 2 | 15 | 3 | 11 | 1 | 12 | 11 |" in text
+    assert "| **all** | 6 | 2 | 25 | 5 | 15 | 5 | 20 | 19 |" in text
+    for line in (
+        "* `timm/short`, 1 reason:\n    * not reached: relu in block\\_1\n",
+        "* `hf/wrong`, 4 reasons:\n    * a\\_ran twice\n    * b\n    * c\n* ",
+        "* `hf/refused`, 3 reasons:\n    * UnreachableSitesError: &lt;lambda>\n",
+        "* `torchvision/dead`, 1 reason:\n    * RuntimeError: no\n",
+        "* `torchvision/absent`: needs a key.",
+        "At 1 operators the oracle cannot tell the channels: `timm/untold` (1).",
+        "| timm/short (fails) | 5 | 1 | 3 | 4 | 4 | 1.5 |",
+    ):
+        assert line in text
+    assert "timm/good`" not in text.partition("## What fails")[2].partition("## Times")[0]
+
+
+def test_the_published_page_is_the_record_of_the_whole_list() -> None:
+    record = json.loads(RECORD.read_text())
+    assert list(record["models"]) == [model.name for model in models()]
+    assert PAGE.read_text() == page(record)
+    assert record["command"].startswith("python -m tests.coverage")
+    assert "--only" not in record["command"]
+    assert record["versions"].keys() == {"python", "torch", "torchvision", "timm", "transformers"}
+    run = [each for each in record["models"].values() if not each.get("left_out")]
+    reached = [
+        each for each in run if each.get("calls", -1) - each.get("gates", 0) == each["reached"]
+    ]
+    assert len(reached) >= 0.99 * len(run)
+    assert torch.tensor([each["seconds"] for each in reached]).max() < 60
