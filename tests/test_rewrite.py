@@ -196,6 +196,22 @@ class Methods(Base):
         return self.classify(functools.partial(F.leaky_relu, negative_slope=0.3)(self.again(x)))
 
 
+def act(x: Tensor) -> Tensor:
+    raise AssertionError("a local name must hide it")
+
+
+class Namesakes(Base):
+    """A method named like the function that it calls, and a local name like a function's."""
+
+    def relu(self, x: Tensor, __scale: float = 1.0) -> Tensor:
+        return F.relu(x * __scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x), 2.0)
+        x = (lambda act, y: act(y))(F.gelu, self.again(x))
+        return self.classify(self.relu(F.relu(self.again(x))))
+
+
 class Overwritten(Base):
     """Its activations overwrite what the network uses again under another name."""
 
@@ -280,6 +296,10 @@ NETS: dict[str, tuple[Any, list[str]]] = {
             "::getattr_call[0]@in",
             "::partial_call[0]@in",
         ],
+    ),
+    "namesakes": (
+        Namesakes,
+        ["::relu[0]@in", "::act[0]@in", "::relu[1]@in", "::relu[2]@in"],
     ),
     "overwritten": (
         Overwritten,
@@ -692,6 +712,9 @@ class TestRefusals:
         model.forward = functools.partial(Functional.forward, model)
         self.check(model, "this Functional has a forward of its own")
 
+    def test_a_forward_that_does_not_name_its_owner(self):
+        self.check(Nameless(), "Nameless.forward has no argument for its owner")
+
     @pytest.mark.parametrize(
         ("site", "reason"),
         [
@@ -712,6 +735,12 @@ class TestRefusals:
         sparsify_(model, [Site("", "in", (6, 1, 1), call=f"act[{i}]") for i in (1, 2)])
         with pytest.raises(RuntimeError, match=r"never reached ::act\[2\]@in"):
             calibrate_(model, [IMAGES])
+
+
+class Nameless(Base):
+    def forward(*args: Any) -> Tensor:
+        self, x = args
+        return self.classify(F.relu(self.conv(x)))
 
 
 def test_tracebacks_show_the_code_that_runs():

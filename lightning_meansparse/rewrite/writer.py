@@ -114,12 +114,10 @@ class _Rewriter(ast.NodeTransformer):
 
     def __init__(self, writer: _Writer, function: Function) -> None:
         self.writer, self.source = writer, function
-        arguments = function.node.args.posonlyargs + function.node.args.args
-        self.me = arguments[0].arg if arguments else ""
+        self.me = function.first
+        self.followed = {_place(node): used for node, used in function.uses.items()}
         self.uses = {
-            _place(node): used
-            for node, used in function.uses.items()
-            if used.function in writer.touched
+            place: used for place, used in self.followed.items() if used.function in writer.touched
         }
 
     def function(self, *, entry: bool) -> ast.FunctionDef:
@@ -131,6 +129,7 @@ class _Rewriter(ast.NodeTransformer):
         node.decorator_list, node.returns, arguments = [], None, node.args
         for argument in ast.walk(arguments):
             if isinstance(argument, ast.arg):
+                argument.arg = mangled(argument.arg, self.source.home)
                 argument.annotation = None
         arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
         arguments.kw_defaults = [d and ast.Constant(None) for d in arguments.kw_defaults]
@@ -186,6 +185,11 @@ class _Rewriter(ast.NodeTransformer):
         node.id = mangled(node.id, self.source.home)
         return node if used is None else self._bound(used)
 
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        """The argument of a function inside the function."""
+        node.arg = mangled(node.arg, self.source.home)
+        return self.generic_visit(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         """A function inside the function: it is given the walk like any helper."""
         self.generic_visit(node)
@@ -220,7 +224,9 @@ class _Rewriter(ast.NodeTransformer):
         return self._bind(_load(self.writer.reference(used)), *first)
 
     def _call(self, node: ast.Call, how: str) -> ast.Call:
-        name, total = called(node.func), is_sum(node)
+        # What is called inside a helper counts, not the call of the helper.
+        name = None if _place(node.func) in self.followed else called(node.func)
+        total = is_sum(node)
         self.generic_visit(node)
         if name is None or name not in self.writer.names or total != (name == SUM):
             return node

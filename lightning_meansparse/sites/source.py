@@ -57,6 +57,12 @@ class Function:
     gets: Gets = "nothing"
     uses: dict[ast.expr, Function] = field(default_factory=dict)
 
+    @property
+    def first(self) -> str:
+        """What it calls the owner or the class that it gets; empty if it gets none."""
+        arguments = self.node.args.posonlyargs + self.node.args.args
+        return arguments[0].arg if arguments and self.gets != "nothing" else ""
+
 
 # ---------------------------------------------------------------------------------------- names
 
@@ -259,14 +265,13 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 def _references(user: Function, cls: type) -> Iterator[tuple[ast.expr, _Named]]:
     """Expressions in a function's body that name another function of the code."""
     names = {**user.function.__globals__, **_closure(user.function)}
-    arguments = user.node.args.posonlyargs + user.node.args.args
-    me = arguments[0].arg if user.gets != "nothing" and arguments else None
-    own = set(user.function.__code__.co_varnames) | set(user.function.__code__.co_cellvars)
+    codes = list(_nested(user.function.__code__))
+    own = {name for code in codes for name in (*code.co_varnames, *code.co_cellvars)}
     for statement in user.node.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 mro: tuple[type, ...] | None = None
-                if isinstance(node.value, ast.Name) and node.value.id == me:
+                if isinstance(node.value, ast.Name) and node.value.id == user.first:
                     mro = cls.__mro__
                 elif _is_super(node.value) and user.home in cls.__mro__:
                     mro = cls.__mro__[cls.__mro__.index(user.home) + 1 :]
@@ -339,8 +344,11 @@ def obstacle(owner: nn.Module, name: str) -> str | None:
     """
     cls: type = type(owner)
     kind, code = cls.__name__, code_of(cls)
-    if not code:
+    entry = forward_of(cls)
+    if entry is None:
         return f"{kind}.forward has no source"
+    if not entry.first:
+        return f"{kind}.forward has no argument for its owner"
     functions = {f.function: f for f in code.values()}.values()
     shadowed = {f.node.name for f in functions if f.home} & vars(owner).keys()
     if shadowed:
