@@ -712,6 +712,12 @@ class TestRefusals:
         model.forward = functools.partial(Functional.forward, model)
         self.check(model, "this Functional has a forward of its own")
 
+    def test_a_traced_module(self):
+        """Its copies write their code anew, without operators."""
+        traced = torch.fx.symbolic_trace(Shared())
+        self.check(traced, "Shared is traced")
+        assert [str(site) for site in find_sites(traced, IMAGES, where="conv@out")] == ["conv@out"]
+
     def test_a_forward_that_does_not_name_its_owner(self):
         self.check(Nameless(), "Nameless.forward has no argument for its owner")
 

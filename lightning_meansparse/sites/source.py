@@ -347,6 +347,8 @@ def obstacle(owner: nn.Module, name: str) -> str | None:
     entry = forward_of(cls)
     if entry is None:
         return f"{kind}.forward has no source"
+    if issubclass(cls, torch.fx.GraphModule):
+        return f"{kind} is traced, and a copy of it would write its code anew: take what was traced"
     if not entry.first:
         return f"{kind}.forward has no argument for its owner"
     functions = {f.function: f for f in code.values()}.values()
