@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.sites.survey import Survey
 
 HEADS = ("name", "call", "shape", "axis", "role", "producer")
-FALLBACK_SIZE = (3, 224, 224)  # of models that say none: they take many
+FALLBACK_SIDE = 224  # for models that say no size: they take many
 
 
 def run(args: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def _look(classifier: Classifier, name: str, side: int | None) -> tuple[Tensor, 
 
     from lightning_meansparse.sites.survey import survey
 
-    own = classifier.input_size or FALLBACK_SIZE
+    own = classifier.input_size or (classifier.in_chans or 3, FALLBACK_SIDE, FALLBACK_SIDE)
     size = own if side is None else (own[0], side, side)
     parameters = classifier.model.parameters()
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
