@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    with Console(stderr=True).status("loading torch …"):
+    with Console(stderr=True).status(f"looking at {given.model} …"):
         from lightning_meansparse.sites.choice import check_where, select, selects_nothing
 
         where = given.where or ["activations"]
@@ -189,16 +189,18 @@ def _shown(value: Any) -> str:
     return str(value[0] if alone else value) or "the image"
 
 
-def _pattern(name: str) -> str:
-    """The name with `*` for its numbers: `blocks.*.act@in`."""
-    return re.sub(r"(?<![\w\[])\d+(?=[.:@\s,]|$)", "*", name)
+def _pattern(name: str, *, loose: bool = False) -> str:
+    """The name with `*` for its numbers, `blocks.*.act@in`; if loose also for `1` in `conv1`."""
+    before = "" if loose else r"(?<![\w\[])"
+    return re.sub(before + r"\d+(?=[.:@\s,]|$)", "*", name)
 
 
-def _patterns(names: Iterable[str]) -> str:
+def _patterns(names: Sequence[str]) -> str:
     """Names that differ by numbers alone as one pattern, with how many they are."""
+    loose = len({_pattern(name) for name in names}) > 6
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_pattern(name), []).append(name)
+        groups.setdefault(_pattern(name, loose=loose), []).append(name)
     return ", ".join(
         alike[0] if len(alike) == 1 else f"{len(alike)} × {pattern}"
         for pattern, alike in groups.items()

@@ -8,6 +8,15 @@ from typing import NoReturn
 from lightning_meansparse.cli.commands import COMMANDS
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any: None and False say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Words(argparse.ArgumentParser):
     """An argument parser whose errors are raised, for `main` to tell them in one line.
 
@@ -21,7 +30,7 @@ class Words(argparse.ArgumentParser):
             prog=f"meansparse {command}",
             description=known.summary,
             epilog=f"example: {known.example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
 
     def error(self, message: str) -> NoReturn:
