@@ -212,6 +212,21 @@ class Namesakes(Base):
         return self.classify(self.relu(F.relu(self.again(x))))
 
 
+class Rectified(Base):
+    """Rectifiers by other names, and calls of the same names that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.rand(6, 1, 1) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).clamp(-9, 9)
+        x = self.again(x.clamp(min=0))
+        x = self.again(torch.maximum(x, self.tau))
+        x = self.again(torch.maximum(x, -x))
+        return self.classify(torch.clamp_min(x, 0))
+
+
 class Overwritten(Base):
     """Its activations overwrite what the network uses again under another name."""
 
@@ -301,6 +316,8 @@ NETS: dict[str, tuple[Any, list[str]]] = {
         Namesakes,
         ["::relu[0]@in", "::act[0]@in", "::relu[1]@in", "::relu[2]@in"],
     ),
+    # -9 to 9 is the first clamp that the code comes to, and counts though it is no activation
+    "rectified": (Rectified, ["::clamp[1]@in", "::maximum[0]@in", "::clamp_min[0]@in"]),
     "overwritten": (
         Overwritten,
         ["act@in", "::elu[0]@in", "::sigmoid[0]@in"],
@@ -330,6 +347,7 @@ class Reference(TorchFunctionMode):
     It knows the functions of torch and nothing of sites, sources or modules.
     """
 
+    RECTIFIERS = frozenset({"clamp", "clamp_min", "maximum"})
     NAMES = frozenset(
         {"relu", "sigmoid", "tanh", "gelu", "silu", "elu", "mish", "hardswish", "leaky_relu"}
     )
@@ -341,12 +359,18 @@ class Reference(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "").rstrip("_") in self.NAMES:
+        name = getattr(func, "__name__", "").rstrip("_")
+        if name in self.NAMES or (name in self.RECTIFIERS and self.rectifies(*args, **kwargs)):
             x = args[0] if args else kwargs["input"]
             self.inputs.append(x.clone())
             mean, var, alpha = next(self.statistics)
             x.copy_(torch.where((x - mean).abs() < alpha * var.sqrt(), mean, x))
         return func(*args, **kwargs)
+
+    @staticmethod
+    def rectifies(x: Tensor, bound: Any = None, top: Any = None, *, min: Any = None) -> bool:
+        bound = min if bound is None else bound
+        return isinstance(bound, nn.Parameter) if isinstance(bound, Tensor) else bound == 0
 
 
 def statistics_of(model: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, float]]:
@@ -757,7 +781,7 @@ def test_tracebacks_show_the_code_that_runs():
         model(torch.rand(1, 5, 8, 8))
     shown = "".join(traceback.format_exception(error.value))
     assert "with operators at gelu, relu, sigmoid, tanh" in shown
-    assert "_meansparse_call('relu'" in shown
+    assert "_meansparse_method('relu'" in shown
 
 
 def test_decorators_are_kept():

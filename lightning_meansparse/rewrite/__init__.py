@@ -3,7 +3,7 @@
 The owner's class is swapped for a subclass whose `forward` is written anew from its source, with
 every call of the wanted names routed through the operators that the owner holds:
 
-    x = self.relu(self.bn1(x))    x = _meansparse_call("relu", walk, self.relu, self.bn1(x))
+    x = self.relu(self.bn1(x))    x = _meansparse_method("relu", walk, self, "relu", self.bn1(x))
     x += identity                 x = _meansparse_sum("add", walk, iadd, x, identity)
     x = self.helper(x)            x = _meansparse_bind(walk, the_helper_anew, self)(x)
 

@@ -48,6 +48,22 @@ def _call_in_place(name: str, walk: Walk, function: Any, /, *args: Any, **kwargs
     return _called(name, walk, function, args, kwargs, True)
 
 
+def _method(name: str, walk: Walk, owner: Any, attribute: str, /, *args: Any, **kwargs: Any) -> Any:
+    """`owner.attribute(x)`; or `x.attribute()`, where the owner is the input."""
+    if isinstance(owner, Tensor):
+        return _of_tensor(name, walk, owner, attribute, args, kwargs, attribute.endswith("_"))
+    return _call(name, walk, getattr(owner, attribute), *args, **kwargs)
+
+
+def _method_in_place(
+    name: str, walk: Walk, owner: Any, attribute: str, /, *args: Any, **kwargs: Any
+) -> Any:
+    """The same as a statement of its own."""
+    if isinstance(owner, Tensor):
+        return _of_tensor(name, walk, owner, attribute, args, kwargs, True)
+    return _call_in_place(name, walk, getattr(owner, attribute), *args, **kwargs)
+
+
 def _called(
     name: str, walk: Walk, function: Any, args: tuple[Any, ...], kwargs: Any, inplace: bool
 ) -> Any:
@@ -58,6 +74,20 @@ def _called(
         return function(operate(args[0], inplace=inplace), *args[1:], **kwargs)
     key = "input" if "input" in kwargs else next(iter(kwargs))
     return function(**{**kwargs, key: operate(kwargs[key], inplace=inplace)})
+
+
+def _of_tensor(
+    name: str,
+    walk: Walk,
+    x: Tensor,
+    attribute: str,
+    args: tuple[Any, ...],
+    kwargs: Any,
+    inplace: bool,
+) -> Any:
+    operate = _operator(walk, name, "in")
+    x = x if operate is None else operate(x, inplace=inplace)
+    return getattr(x, attribute)(*args, **kwargs)
 
 
 def acts_in_place(function: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> bool:
@@ -72,18 +102,6 @@ def acts_in_place(function: Any, args: tuple[Any, ...] = (), kwargs: Any = None)
         or any(argument is True for argument in args)
         or str(getattr(function, "__name__", "")).endswith("_")
     )
-
-
-def _receive(name: str, walk: Walk, receiver: Any, /) -> Any:
-    """The `x` of `x.relu()`."""
-    operate = _operator(walk, name, "in") if isinstance(receiver, Tensor) else None
-    return receiver if operate is None else operate(receiver)
-
-
-def _receive_in_place(name: str, walk: Walk, receiver: Any, /) -> Any:
-    """The `x` of `x.relu_()`, or of `x.relu()` as a statement of its own."""
-    operate = _operator(walk, name, "in") if isinstance(receiver, Tensor) else None
-    return receiver if operate is None else operate(receiver, inplace=True)
 
 
 def _sum(name: str, walk: Walk, add: Any, left: Any, right: Any, /) -> Any:
@@ -123,8 +141,8 @@ RUNTIME: dict[str, Any] = {
     for function in (
         _call,
         _call_in_place,
-        _receive,
-        _receive_in_place,
+        _method,
+        _method_in_place,
         _sum,
         _sum_in_place,
         operator.add,

@@ -18,7 +18,7 @@ from lightning_meansparse.sites.source import (
     REWRITTEN,
     SUM,
     Function,
-    called,
+    call_name,
     code_of,
     forward_of,
     is_sum,
@@ -225,7 +225,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def _call(self, node: ast.Call, how: str) -> ast.Call:
         # What is called inside a helper counts, not the call of the helper.
-        name = None if _place(node.func) in self.followed else called(node.func)
+        name = None if _place(node.func) in self.followed else call_name(node)
         total = is_sum(node)
         self.generic_visit(node)
         if name is None or name not in self.writer.names or total != (name == SUM):
@@ -238,12 +238,11 @@ class _Rewriter(ast.NodeTransformer):
             return _runtime("sum" + how, name, add, method.value, *node.args)
         if total:
             return _runtime("sum" + how, name, node.func, *node.args)
-        if method is not None and not node.args and not node.keywords:
-            how = "_in_place" if method.attr.endswith("_") else how
-            received = _runtime("receive" + how, name, method.value)
-            node.func = ast.Attribute(received, method.attr, ast.Load())
-            return node
-        made = _runtime("call" + how, name, node.func, *node.args)
+        if method is None:
+            made = _runtime("call" + how, name, node.func, *node.args)
+        else:
+            attribute = ast.Constant(method.attr)
+            made = _runtime("method" + how, name, method.value, attribute, *node.args)
         made.keywords = node.keywords
         return made
 

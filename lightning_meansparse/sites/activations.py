@@ -39,6 +39,12 @@ FUNCTIONS = names(
 )
 """Functional activations: names in `torch`, in `torch.nn.functional` and of aten operations."""
 
+RECTIFIERS = names("clamp clip clamp_min")
+"""Functions that are activations if they clamp from 0 on."""
+
+EXTREMES = names("maximum minimum max min")
+"""Functions of two tensors that are activations if one does not depend on the model's input."""
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that own no place: their first or last child names it."""
 

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_meansparse.sites import rules
 from lightning_meansparse.sites.activations import (
     CONTAINERS,
+    EXTREMES,
     FUNCTIONS,
+    RECTIFIERS,
     is_activation,
     is_operator,
 )
@@ -342,7 +344,11 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", "")).removeprefix("special_").rstrip("_")
         probe = self.probe
-        if name not in FUNCTIONS or probe._muted:
+        if probe._muted:
+            return func(*args, **kwargs)
+        if name not in FUNCTIONS and not self._rectifies(name, args, kwargs):
+            if name in RECTIFIERS | EXTREMES:
+                probe._turn(function_spot, name)  # no activation, but the code calls it the same
             return func(*args, **kwargs)
         call = probe.begin(name, args[0] if args else kwargs.get("input"))
         probe._muted += 1
@@ -353,3 +359,19 @@ class _Functions(TorchFunctionMode):
         if call is not None:
             probe.end(call, output)
         return output
+
+    def _rectifies(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is a rectifier by another name.
+
+        That is `clamp` from 0 on, or the maximum or minimum with what does not depend on the input
+        (the threshold of filter response normalisation).
+        """
+        second = args[1] if len(args) > 1 else kwargs.get("min")
+        if name in RECTIFIERS:
+            return isinstance(second, (int, float)) and second == 0
+        return (
+            name in EXTREMES
+            and isinstance(second, Tensor)
+            and self.probe.flow[second] is None
+            and self.probe.flow[args[0]] is not None
+        )

@@ -9,6 +9,7 @@ found again without running the model, since an adapter knows nothing but names:
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import linecache
 import os
@@ -89,7 +90,12 @@ def called(node: ast.expr) -> str | None:
 
 
 def call_name(node: ast.Call) -> str | None:
-    """What a call calls its function: itself, or as the first argument of a rewritten call."""
+    """What a call calls its function: itself, or as the first argument of a rewritten call.
+
+    Python's own functions have no name here: what runs inside `list(map(f, x))` is called by none.
+    """
+    if isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id):
+        return None
     if isinstance(node.func, ast.Name) and node.func.id.startswith(REWRITTEN):
         name = node.args[0]
         return str(name.value) if isinstance(name, ast.Constant) else None

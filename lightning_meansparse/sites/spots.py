@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import os
 import sys
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def _spot(frame: FrameType | None, owner: nn.Module, *, sums: bool = False) -> S
     if node is not None:
         name = SUM if sums and is_sum(node) else None
         if name is None and isinstance(node, ast.Call):
-            name = None if _is_builtin(node.func) else call_name(node)
+            name = call_name(node)
     if name is None or (name == SUM) != sums:
         return f"line {line} of {kind}'s code gives it no name"
     start: FrameType | None = frame
@@ -116,8 +115,3 @@ def _spot(frame: FrameType | None, owner: nn.Module, *, sums: bool = False) -> S
     if start is None:
         return f"it does not run inside {kind}.forward"
     return Spot(name, discarded=bool(file and node in file.statements))
-
-
-def _is_builtin(function: ast.expr) -> bool:
-    """Whether a name is Python's own: what runs inside `list(map(f, x))` is called by neither."""
-    return isinstance(function, ast.Name) and hasattr(builtins, function.id)
