@@ -521,6 +521,13 @@ def test_what_cannot_be_saved_leaves_no_files(tmp_path: Path) -> None:
         ("torchvision/resnet18", {"revision": "a"}, ValueError, "give weights="),
         ("torchvision/resnet18", {"in_chans": 1}, ValueError, "take a timm/ model"),
         (3, {}, TypeError, "got int"),
+        ("", {}, ValueError, "no folder and no name"),
+        ("timm/local-dir:/nowhere", {}, FileNotFoundError, "there is no folder /nowhere"),
+        ("timm/resnet18", {"num_classes": "10"}, ValueError, "num_classes must be a positive int"),
+        ("timm/resnet18", {"num_classes": 0}, ValueError, "num_classes must be a positive integer"),
+        ("timm/resnet18", {"num_classes": True}, ValueError, "num_classes must be a positive int"),
+        ("timm/resnet18", {"in_chans": 5}, ValueError, "in_chans must be 1 to 4, got 5"),
+        ("timm/resnet18", {"in_chans": "3"}, ValueError, "in_chans must be 1 to 4, got '3'"),
     ],
 )
 def test_wrong_names_and_options_say_what_there_is(name, options, error, message) -> None:
@@ -556,7 +563,12 @@ def test_checkpoints_and_empty_folders_are_refused(tmp_path: Path) -> None:
         ({"mean": [0.1, 0.2], "input_size": (3, 8, 8)}, "must agree"),
         ({"std": 0.0}, "std must be positive"),
         ({"mean": float("nan")}, "mean must be one number or one per channel"),
+        ({"mean": "abc"}, "mean must be one number or one per channel"),
+        ({"mean": [[0.1, 0.2], [0.3]]}, "mean must be one number or one per channel"),
         ({"input_size": (8, 8)}, "input_size must be"),
+        ({"input_size": 64}, "input_size must be"),
+        ({"input_size": "abc"}, "input_size must be"),
+        ({"input_size": (3, 8.0, 8)}, "input_size must be"),
     ],
 )
 def test_wrong_normalisation(options, message) -> None:

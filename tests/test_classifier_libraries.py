@@ -309,7 +309,7 @@ def test_code_that_a_folder_brings_is_not_run(tmp_path, monkeypatch) -> None:
     head("ViTForImageClassification", VIT).save_pretrained(tmp_path)
     evil = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Processor"}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(evil))
-    with pytest.raises(ValueError, match="give mean= and std= .* custom code"):
+    with pytest.raises(ValueError, match=r"give mean= and std= .* custom code"):
         load_classifier(tmp_path)
     assert load_classifier(tmp_path, mean=0, std=1).num_classes == 4
     with pytest.raises(SystemExit):
@@ -492,3 +492,87 @@ def test_folders_of_the_first_version_still_load(tmp_path: Path) -> None:
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(old(x), classifier.eval()(x))
     assert (old.bgr, old.labels, old.normalisation) == (False, None, "config.json")
+
+
+# --- Damaged folders ----------------------------------------------------------------------------
+
+
+def timm_folder(folder: Path) -> Path:
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), folder, safe_serialization=True)
+    return folder
+
+
+def transformers_folder(folder: Path) -> Path:
+    head("ViTForImageClassification", VIT).save_pretrained(folder)
+    transformers.ViTImageProcessor(size=32).save_pretrained(folder)
+    return folder
+
+
+def own_folder(folder: Path) -> Path:
+    return save_classifier(load_classifier(ConvNet(width=4)), folder)
+
+
+@pytest.mark.parametrize("write", [timm_folder, transformers_folder, own_folder])
+@pytest.mark.parametrize("damage", [lambda old: old[:200], lambda old: b"", lambda old: b"\x80no"])
+def test_damaged_weights_are_told_with_the_folder(tmp_path, write, damage) -> None:
+    folder = write(tmp_path / "model")
+    load_classifier(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(ValueError, match=r"model.* header") as caught:
+        load_classifier(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (timm_folder, {"architecture": "nope"}, "Unknown model"),
+        (timm_folder, {"architecture": 3}, "AttributeError"),
+        (timm_folder, {"architecture": "test_vit"}, "VisionTransformer"),
+        (timm_folder, {"model_args": {"nope": 1}}, "nope"),
+        (timm_folder, {"model_args": {"layers": [1, 1, 1, 2]}}, "Missing key"),
+        (timm_folder, {"architecture": None}, "names neither"),
+        (transformers_folder, {"model_type": "nope"}, "nope"),
+        (transformers_folder, {"hidden_size": "x"}, "hidden_size"),
+        (transformers_folder, {"hidden_size": 16}, "ignore_mismatched_sizes"),
+        (transformers_folder, {"num_hidden_layers": 2}, "would be random"),
+        (transformers_folder, {"id2label": ["a", "b"]}, "AttributeError"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told_with_the_folder(
+    tmp_path, write, changes, message
+) -> None:
+    folder = write(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_classifier(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_folder_without_weights_gives_the_architecture_alone(tmp_path) -> None:
+    for write in (timm_folder, transformers_folder):
+        folder = write(tmp_path / write.__name__)
+        (folder / "model.safetensors").unlink()
+        assert load_classifier(folder, pretrained=False).num_classes in (3, 4)
+        with pytest.raises(FileNotFoundError, match=r"has no \*\.safetensors"):
+            load_classifier(folder)
+
+
+def test_a_name_is_no_folder_even_where_there_is_one_of_that_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "resnet18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match=r"timm/resnet18 could not be fetched"):
+        load_classifier("timm/resnet18")
+
+
+def test_timms_default_normalisation_is_called_so(tmp_path) -> None:
+    folder = timm_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_classifier(folder).normalisation == f"timm's default, for want of one of {folder}"

@@ -51,7 +51,8 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
     options = {key: value for key, value in options.items() if value is not None}
     source, _, identity = name.replace("hf_hub:", "hf-hub:").rpartition(":")
     if source == "local-dir":
-        require_safetensors(Path(identity))
+        if pretrained:
+            require_safetensors(Path(identity))
         stored = json.loads((Path(identity) / "config.json").read_text("utf-8"))
     elif source == "hf-hub":
         from timm.models import load_model_config_from_hf
@@ -92,6 +93,10 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
     size = options.get("img_size") or config["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
     weights = ".".join(filter(None, (known.get("architecture"), known.get("tag"))))
+    names = identity if source or not weights else weights
+    numbers = (
+        "pretrained_cfg" if known.get("mean") and known.get("std") else "default, for want of one"
+    )
     return Loaded(
         model,
         classes,
@@ -99,7 +104,7 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
         for_channels(config["std"], channels),
         (channels, height, width),
         {"source": f"timm/{stored['architecture']}", "options": rebuild},
-        f"timm's pretrained_cfg of {identity if source else weights or identity}",
+        f"timm's {numbers} of {names}",
         _timm_labels(known, classes),
     )
 

@@ -14,6 +14,7 @@ from lightning_meansparse.classifier.folder import FORMAT, load_folder, read_con
 from lightning_meansparse.classifier.hugging_face import load_transformers
 from lightning_meansparse.classifier.libraries import load_timm, load_torchvision
 from lightning_meansparse.classifier.loaded import Loaded
+from lightning_meansparse.classifier.pixels import UnknownNormalisationError
 from lightning_meansparse.classifier.wrapper import Classifier, PerChannel
 
 _log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def load_classifier(
         >>> classifier.mean.flatten()
         tensor([0.5000, 0.5000, 0.5000])
     """
-    size = None if input_size is None else tuple(input_size)
+    _check_count("num_classes", num_classes)
+    _check_count("in_chans", in_chans, most=4)
     construction = {"num_classes": num_classes, "in_chans": in_chans, **options}
     given = {
         key: value
@@ -83,7 +85,7 @@ def load_classifier(
         if value is not None
     }
     if isinstance(name_or_module, Classifier):
-        shape = {"mean": mean, "std": std, "input_size": size}
+        shape = {"mean": mean, "std": std, "input_size": input_size}
         given |= {key: value for key, value in shape.items() if value is not None}
         _refuse(given, "a Classifier is returned as it is")
         return name_or_module
@@ -98,7 +100,7 @@ def load_classifier(
                 mean=mean,
                 std=std,
                 num_classes=num_classes,
-                input_size=size,  # type: ignore[arg-type]
+                input_size=input_size,
             )
         )
     if not isinstance(name_or_module, str | Path):
@@ -119,12 +121,16 @@ def load_classifier(
         else:
             if revision is not None:
                 raise ValueError(f"revision={revision!r}, but {folder} is a folder")
+            if not config.keys() & {"model_type", "architecture"}:
+                raise ValueError(
+                    f"{folder}/config.json names neither an 'architecture', as timm's do, nor a "
+                    "'model_type', as those of transformers do"
+                )
             library = "hf" if "model_type" in config else "timm"
             model_name = str(folder) if library == "hf" else f"local-dir:{folder}"
             found = _from_library(library, model_name, pretrained, None, construction, mean is None)
     else:
         found = _from_library(library, model_name, pretrained, revision, construction, mean is None)
-    sized = found.input_size if size is None else size
     classifier = Classifier(
         found.model,
         mean=found.mean if mean is None else mean,  # type: ignore[arg-type]
@@ -133,7 +139,7 @@ def load_classifier(
         normalisation=found.normalisation if mean is None else None,
         num_classes=found.num_classes,
         labels=found.labels if pretrained else None,
-        input_size=sized,  # type: ignore[arg-type]
+        input_size=found.input_size if input_size is None else input_size,
         source=str(name_or_module),
         revision=found.revision,
         origin=found.origin,
@@ -179,22 +185,30 @@ def _from_library(
             name, pretrained=pretrained, revision=revision, options=options, normalise=normalise
         )
     except Exception as error:
-        # Our own FileNotFoundError says what to do; the libraries' subclasses of it and their other
-        # OSErrors, and what httpx raises below them, mean that something could not be fetched.
+        if type(error) in (FileNotFoundError, ImportError, UnknownNormalisationError):
+            raise  # our own, which say what to do
+        reason = " ".join(str(error).split()) or type(error).__name__
+        folder = name.removeprefix("local-dir:")
+        if (library == "hf" and Path(name).is_dir()) or folder != name:
+            # The libraries fail in many ways when a file is damaged or two do not fit.
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"{folder} makes no classifier of {library}: {kind}{reason:.600}"
+            ) from error
+        # The libraries' OSErrors, and what httpx raises below them: it could not be fetched.
         foreign = type(error).__module__.partition(".")[0] in ("httpx", "huggingface_hub")
-        if foreign or (isinstance(error, OSError) and type(error) is not FileNotFoundError):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if foreign or isinstance(error, OSError):
             raise RuntimeError(
-                f"{library}/{name} could not be fetched ({reason}); check the name and the "
+                f"{library}/{name} could not be fetched ({reason:.300}); check the name and the "
                 "connection, or give a folder or pretrained=False"
             ) from error
         raise
 
 
 def _folder_config(folder: Path, name: str) -> dict[str, Any]:
-    if folder.is_dir():
+    if name and folder.is_dir():
         return read_config(folder)
-    if folder.exists():
+    if name and folder.exists():
         raise ValueError(
             f"{name!r} is a file; give the folder that holds config.json and model.safetensors. "
             "Pickled checkpoints (.pt, .pth, .bin, .ckpt) may run code and are not opened"
@@ -204,6 +218,12 @@ def _folder_config(folder: Path, name: str) -> dict[str, Any]:
     close = get_close_matches(name, timm.list_models(), n=3)
     hint = f" Did you mean: {', '.join(f'timm/{match}' for match in close)}?" if close else ""
     raise ValueError(f"name_or_module={name!r} is no folder and no name: give {_PREFIXES}.{hint}")
+
+
+def _check_count(name: str, value: object, most: int = 2**31) -> None:
+    if value is not None and not (type(value) is int and 1 <= value <= most):
+        wanted = "a positive integer" if most > 4 else f"1 to {most}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _refuse(given: dict[str, Any], reason: str) -> None:

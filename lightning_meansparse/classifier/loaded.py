@@ -75,8 +75,10 @@ def require_safetensors(folder: Path) -> None:
     """Refuse a folder whose weights would have to be unpickled.
 
     Raises:
-        FileNotFoundError: If it has no safetensors.
+        FileNotFoundError: If it has no safetensors, or does not exist.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if any(folder.glob("*.safetensors")):
         return
     endings = (".bin", ".pt", ".pth", ".ckpt")

@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         normalisation: str | None = None,
         num_classes: int | None = None,
         labels: Sequence[str] | None = None,
-        input_size: tuple[int, int, int] | None = None,
+        input_size: Sequence[int] | None = None,
         source: str | None = None,
         revision: str | None = None,
         origin: Mapping[str, Any] | None = None,
@@ -166,9 +166,14 @@ def _own(model: nn.Module, name: str) -> int | None:
 
 def _per_channel(name: str, value: PerChannel | None, default: float) -> Tensor:
     numbers = default if value is None else value
-    tensor = torch.as_tensor(numbers, dtype=torch.float32).flatten().cpu()
+    try:
+        tensor = torch.as_tensor(numbers, dtype=torch.float32).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0)
     if not 1 <= tensor.numel() <= 4 or not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be one number or one per channel (1 to 4), got {value!r}")
+        raise ValueError(
+            f"{name} must be one number or one per channel (1 to 4), got {value!r:.200}"
+        )
     return tensor
 
 
@@ -181,9 +186,13 @@ def _labels(value: Sequence[str], classes: int | None) -> tuple[str, ...]:
 
 
 def _input_size(value: Sequence[int]) -> tuple[int, int, int]:
-    if len(value) != 3 or min(value) < 1:
-        raise ValueError(f"input_size must be (channels, height, width), got {value!r}")
-    channels, height, width = (int(number) for number in value)
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 3
+        or not all(type(number) is int and number > 0 for number in value)
+    ):
+        raise ValueError(f"input_size must be (channels, height, width), got {value!r:.80}")
+    channels, height, width = value
     return channels, height, width
 
 
