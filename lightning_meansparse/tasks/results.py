@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_meansparse.adapter import save_adapter
+from lightning_meansparse.adapter.base import noted_statistics
 from lightning_meansparse.records import HELD_OUT, MAIN, TEST, AlphaSummary, write_records
 from lightning_meansparse.surgery import operators
 from lightning_meansparse.tasks import facts
@@ -72,7 +73,8 @@ def write_adapter(sweep: AlphaSweep, folder: Path) -> None:
     save_adapter(
         sweep.classifier,
         folder / ADAPTER,
-        statistics=sweep.statistics,
+        # Statistics that came with the model or an adapter are not the sweep's own.
+        statistics=noted_statistics(sweep.classifier) or sweep.statistics,
         calibration=sweep.calibration or None,
         evaluation={**facts.settings(sweep), **facts.result(known)} if known else None,
     )
