@@ -209,7 +209,11 @@ def _read(source: object) -> tuple[dict[str, Tensor], str]:
             f"{where} must be a file or a state_dict that maps names to tensors, got "
             f"{type(found).__name__}."
         )
-    foreign = [key for key, value in found.items() if not isinstance(value, Tensor)]
+    foreign = [
+        key
+        for key, value in found.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if foreign:
         raise ValueError(
             f"{where} must map names to tensors alone, but these are something else: "
@@ -233,7 +237,7 @@ def _of_network(
     for key in _NORMALISERS:
         if key not in rest or key in own:
             continue
-        value = rest.pop(key).flatten()
+        value = rest.pop(key).flatten().cpu()
         if classifier is None:
             continue  # then it is the caller who normalises
         kept = getattr(classifier, key.rpartition(".")[2]).flatten().cpu()
