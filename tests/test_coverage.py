@@ -110,9 +110,10 @@ def row(**changes: object) -> dict[str, object]:
 
 def test_the_page_tells_what_fails_and_why() -> None:
     rows = {
-        "timm/good": row(),
+        "timm/good": row(again=2),
         "timm/untold": row(told=3),
         "timm/short": row(reached=3, missed=["relu in block_1"]),
+        "timm/torn": row(reached=3, torn=1, failures=["sigmoid in bn: x serves a part of it only"]),
         "hf/wrong": row(failures=["a_ran twice", "b", "c", "d"]),
         "hf/refused": row(reached=0, error="UnreachableSitesError: <lambda>", missed=["x", "y"]),
         "torchvision/dead": {"crash": "Traceback\n  File\nRuntimeError: no"},
@@ -127,21 +128,23 @@ def test_the_page_tells_what_fails_and_why() -> None:
             "models": rows,
         }
     )
-    assert "In 3 of 6 models (50.0%) every input-dependent activation call" in text
-    assert "; 2 of 6 pass every check below" in text
-    assert "| timm | 3 | 2 | 15 | 3 | 11 | 1 | 12 | 11 |" in text
-    assert "| **all** | 6 | 2 | 25 | 5 | 15 | 5 | 20 | 19 |" in text
+    assert "In 3 of 7 models (42.9%) every input-dependent activation call" in text
+    assert "; 2 of 7 pass every check below" in text
+    assert "| timm | 4 | 2 | 20 | 4 | 14 | 2 | 16 | 15 |" in text
+    assert "| **all** | 7 | 2 | 30 | 6 | 18 | 6 | 24 | 23 |" in text
     for line in (
         "* `timm/short`, 1 reason:\n    * not reached: relu in block\\_1\n",
         "* `hf/wrong`, 4 reasons:\n    * a\\_ran twice\n    * b\n    * c\n* ",
         "* `hf/refused`, 3 reasons:\n    * UnreachableSitesError: &lt;lambda>\n",
         "* `torchvision/dead`, 1 reason:\n    * RuntimeError: no\n",
         "* `torchvision/absent`: needs a key.",
-        "At 1 operators the oracle cannot tell the channels: `timm/untold` (1).",
+        "At 1 operators (`timm/untold` 1) the tracer cannot tell the channels.",
+        "At 2 operators (`timm/good` 2) one operator serves all calls of a module",
+        "Of the calls that are not reached, 1 (`timm/torn` 1) are served in part:",
         "| timm/short (fails) | 5 | 1 | 3 | 4 | 4 | 1.5 |",
     ):
         assert line in text
-    assert "timm/good`" not in text.partition("## What fails")[2].partition("## Times")[0]
+    assert "timm/good`" not in text.partition("## What fails")[2].partition("## What is left")[0]
 
 
 def test_the_published_page_is_the_record_of_the_whole_list() -> None:

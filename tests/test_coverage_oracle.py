@@ -563,6 +563,62 @@ def test_a_model_with_gates_only_is_checked_there():
     assert (result.calls, result.gates, result.reached, result.operators) == (1, 1, 0, 1)
 
 
+class Twice(nn.Module):
+    """Comes to one activation module twice."""
+
+    def __init__(self, act, conv):
+        super().__init__()
+        self.act, self.conv = act, conv
+
+    def forward(self, x):
+        return self.conv(F.gelu(self.act(self.conv(self.act(x)))))
+
+
+def test_code_that_runs_twice_passes_its_operators_twice():
+    block = Twice(nn.ReLU(), nn.Conv2d(8, 8, 1))
+    result = check_model(Net(lambda m, x: m.head(m.block(m.block(x))), block=block), IMAGES)
+    assert result.passed, result
+    assert (result.calls, result.reached, result.operators, result.again) == (6, 6, 3, 3)
+
+
+def test_two_calls_of_one_module_in_one_code_need_two_operators(monkeypatch):
+    shared = Net(lambda m, x: m.block(x), block=Twice(nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    assert check_model(shared, IMAGES).passed
+    monkeypatch.setattr(
+        check, "find_sites", sites(lambda s: [type(s[0])("block.act", "in", (8, 1, 1))])
+    )
+    said = "block.act.meansparse_in ran 2 times in one forward pass, its code 1 times"
+    assert said in check_model(shared, IMAGES).failures
+
+
+class SwishAmid(nn.Module):
+    """Writes an activation out amid other things."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.conv(x * torch.sigmoid(x))
+
+
+def test_an_activation_that_is_served_in_part_is_not_reached(monkeypatch):
+    site = type(find(small(), IMAGES)[0])
+    net = Net(lambda m, x: m.block(x), block=SwishAmid())
+    part = site("block", "in", (8, 1, 1), call="sigmoid[0]")
+    monkeypatch.setattr(check, "find_sites", lambda *args, **options: (part,))
+    result = check_model(net, IMAGES)
+    assert (result.calls, result.reached, result.torn, result.missed) == (1, 0, 1, [])
+    (failure,) = result.failures
+    assert failure.startswith("sigmoid in block: ")
+    assert failure.endswith("serves a part of it only")
+    whole = site("block", "in", (8, 1, 1))
+    monkeypatch.setattr(check, "find_sites", lambda *args, **options: (whole,))
+    result = check_model(net, IMAGES)
+    assert result.passed, result
+    assert (result.reached, result.torn) == (1, 0)
+
+
 def sites(change):
     """`find_sites`, with its answer changed."""
     return lambda *args, **options: change(list(find(*args, **options)))
@@ -655,7 +711,7 @@ SABOTAGE = {
         "sparsify_",
         put_and(run_again),
         "failures",
-        "act.meansparse_in ran 2 times in one forward pass",
+        "act.meansparse_in ran 2 times in one forward pass, its code 1 times",
     ),
     "restore_ leaves another class": (
         "restore_",

@@ -69,10 +69,11 @@ class Operator:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the oracle saw. Calls stand in execution order."""
+    """What the oracle saw: calls in execution order, and how often each module ran."""
 
     calls: tuple[Call, ...]
     operators: tuple[Operator, ...]
+    runs: Mapping[str, int]
 
 
 def look(
@@ -122,7 +123,7 @@ def look(
         whole = served | {covers[product] for product in group.products}
         gate = factors.issuperset(group.events)
         number = max((n for n in served if n is not None), default=None)
-        if len(whole) == 1 and number is not None:
+        if len(served) == 1 and number is not None:
             serves[number, gate] += 1
         calls.append(
             Call(
@@ -141,7 +142,7 @@ def look(
         one = told_here.pop() if len(told_here) == 1 else "several shapes" if mine else "never ran"
         served = [sum(serves[i, gate] for i in mine) for gate in (False, True)]
         seen.append(Operator(name, len(mine), one, *served))
-    return Truth(tuple(calls), tuple(seen))
+    return Truth(tuple(calls), tuple(seen), tape.runs)
 
 
 @dataclass(eq=False)

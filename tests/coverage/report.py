@@ -107,10 +107,32 @@ def _untold(run: Mapping[str, Row]) -> str:
         for name, row in run.items()
         if "calls" in row and row["told"] < row["operators"]
     }
-    if not short:
-        return ""
-    listed = ", ".join(f"`{name}` ({count})" for name, count in short.items())
-    return f"At {sum(short.values())} operators the oracle cannot tell the channels: {listed}."
+    again = {name: row["again"] for name, row in run.items() if row.get("again")}
+    torn = {name: row["torn"] for name, row in run.items() if row.get("torn")}
+    parts = []
+    if short:
+        parts.append(f"At {_listed(short)} the tracer cannot tell the channels")
+    if again:
+        parts.append(
+            f"At {_listed(again)} one operator serves all calls of a module that the model calls "
+            "several times"
+        )
+    if torn:
+        parts.append(
+            f"Of the calls that are not reached, {_listed(torn, 'are')} served in part: the code "
+            "writes an activation out amid other things, `x * sigmoid(v * x)`, and the operator "
+            "stands at the argument of the sigmoid, while the other `x` goes past it"
+        )
+    return "\n\n".join(f"{part}." for part in parts)
+
+
+def _listed(counts: Mapping[str, int], what: str = "operators") -> str:
+    shown = ", ".join(f"`{name}` {count}" for name, count in counts.items())
+    return (
+        f"{sum(counts.values())} {what} ({shown})"
+        if what == "operators"
+        else (f"{sum(counts.values())} ({shown}) {what}")
+    )
 
 
 def _every(run: Mapping[str, Row]) -> str:
@@ -162,7 +184,8 @@ runs, whatever module, function or script it comes from. In each model it checks
 * each operator's statistics have the shape of the channels. The tracer finds the channels by
   experiment: it disturbs single channels where a convolution or a matrix product made them and
   looks along which axes of the activation's input the disturbances stay apart;
-* each operator runs exactly once in a forward pass, and none never runs;
+* each operator runs exactly once in a forward pass (where a module is called several times, once in
+  each of its calls), and none never runs;
 * at α = 0 the outputs are those of the base model bit for bit, before and after `calibrate_`; at
   α = 0.5 they are others;
 * after `restore_` the outputs are those of the base model bit for bit, every module has the class,

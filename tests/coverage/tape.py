@@ -8,7 +8,7 @@ tensor goes in and which comes out.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -169,6 +169,7 @@ class Tape(TorchDispatchMode):
         passages: All calls of operators, in execution order.
         names: Name of every operation, whether it depends on the input or not.
         steps: Those that do, by their number.
+        runs: How often each module ran, by name.
         inputs: Nodes of the model's inputs.
         outputs: Nodes of the model's outputs.
     """
@@ -180,6 +181,7 @@ class Tape(TorchDispatchMode):
         self.passages: list[Passage] = []
         self.names: list[str] = []
         self.steps: dict[int, Step] = {}
+        self.runs: Counter[str] = Counter()
         self.inputs: list[Node] = []
         self.outputs: list[Node] = []
         self._module_names = {module: name for name, module in model.named_modules()}
@@ -229,6 +231,8 @@ class Tape(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._running.append(module)
+        if module in self._module_names:
+            self.runs[self._module_names[module]] += 1
         if module in self._operators:
             tensor = args[0] if args else None
             passage = Passage(self._module, self._node.get(id(tensor)))
@@ -294,18 +298,19 @@ class Tape(TorchDispatchMode):
                 self._write_through(tensor)
         if name not in UNCOUNTED:
             self.steps[step] = Step(name, moving)
-        source = self._source(name, args, nodes)
+        source = self._source(name, args, moving, nodes)
         if source is not None:
             self.events.append(Event(step, name, nodes[0].module, source, nodes[0]))
         return out
 
-    def _source(self, name: str, args: tuple[Any, ...], nodes: list[Node]) -> Node | None:
+    def _source(
+        self, name: str, args: tuple[Any, ...], moving: frozenset[int], nodes: list[Node]
+    ) -> Node | None:
         """What goes into an activation, None if the operation is none."""
         if not nodes or self._inside or not args or not isinstance(args[0], Tensor):
             return None
         if name in HIDING:
             return nodes[0].parents[0]
-        moving = self.steps[len(self.names) - 1].moving
         rectifies = name in ("clamp", "clamp_min") and len(args) > 1 and args[1] == 0
         rectifies |= name in ("maximum", "minimum") and len(moving) == 1  # FRN's threshold
         if not args[0].is_floating_point() or not (name in ACTIVATIONS or rectifies):
