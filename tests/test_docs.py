@@ -8,6 +8,7 @@ subcommand with its options must exist.
 
 from __future__ import annotations
 
+import json
 import linecache
 import re
 from dataclasses import dataclass
@@ -144,3 +145,29 @@ def test_the_results_page_says_what_the_records_say(folder, tmp_path):
     write_report(folder, output=tmp_path)
     made = re.sub(r"^#", "##", (tmp_path / "results.md").read_text(), flags=re.MULTILINE)
     assert made.strip() in (ROOT / "docs" / "results.md").read_text(), "make docs/results.md anew"
+
+
+def test_the_pages_say_what_the_smaller_records_say() -> None:
+    records = ROOT / "docs" / "records"
+    results = (ROOT / "docs" / "results.md").read_text()
+    kills = json.loads((records / "kill.json").read_text())["moments"]
+    assert len(kills) == 10
+    for kill in kills:
+        finished = ", ".join(kill["finished"]) or "none"
+        row = f"| {kill['seconds']:.1f} s | {finished} | {kill['batches']} | yes |"
+        assert kill["equal"]
+        assert row in results
+    for suite, cost in json.loads((records / "cost.json").read_text())["per 100 images"].items():
+        passes = f"{cost['forwards']:,.0f} | {cost['backwards']:,.0f}"
+        assert f"| {suite} | {passes} | {cost['seconds']:.0f} |" in results
+    evaluation = (ROOT / "docs" / "evaluation.md").read_text()
+    for alpha, fell in json.loads((records / "hostile.json").read_text())["alphas"].items():
+        points = 100 * fell["any of these"] / fell["n"]
+        row = f"| {alpha} | {fell['standing']} | {fell['any of these']} | {points:.1f} points |"
+        assert row in evaluation
+    compared = json.loads((records / "agreement_l2.json").read_text())["summary"]
+    for attack in ("apgd-ce", "apgd-t", "fab-t"):
+        agreement = 100 * compared[attack]["ours / reference"]["agreement"]
+        assert f"{agreement:.1f} %" in evaluation
+    worst = compared["worst case"]["ours / reference"]
+    assert worst["accuracy of the first"] <= worst["accuracy of the second"] + 0.005
