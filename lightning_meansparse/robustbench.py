@@ -241,7 +241,7 @@ def _of_network(
         if classifier is None:
             continue  # then it is the caller who normalises
         kept = getattr(classifier, key.rpartition(".")[2]).flatten().cpu()
-        if not torch.equal(value.to(kept.dtype), kept.expand_as(value)):
+        if len(kept) not in (1, len(value)) or bool((value != kept).any()):
             raise ValueError(
                 f"{where} normalises with {key} = {value.tolist()}, the classifier with "
                 f"{kept.tolist()}. Give load_classifier the same mean= and std=."
@@ -333,9 +333,10 @@ def _insert(state: Mapping[str, Tensor], base: nn.Module, sites: Mapping[str, Si
         found = operators(base)
         for name, site in sites.items():
             operator = found[str(site)]
-            operator.mean.copy_(state[f"{name}.running_mean"].view(site.shape))
-            operator.var.copy_(state[f"{name}.running_var"].view(site.shape))
-            operator.alpha.copy_(state[f"{name}.threshold"])
+            mean, var, alpha, *_ = (state[f"{name}.{field}"].detach() for field in _FIELDS)
+            operator.mean.copy_(mean.view(site.shape))
+            operator.var.copy_(var.view(site.shape))
+            operator.alpha.copy_(alpha)
         base.load_state_dict({key: state[key] for key in own})
     except BaseException:
         restore_(base)

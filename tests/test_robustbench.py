@@ -399,6 +399,17 @@ def test_another_normalisation_is_refused(kind):
     before.check()
 
 
+def test_tensors_that_want_gradients_leave_no_graph_behind():
+    ours, theirs = of("wrn")
+    checkpoint = {
+        key: value.requires_grad_() if value.is_floating_point() else value
+        for key, value in checkpoint_of(theirs).items()
+    }
+    import_robustbench(checkpoint, ours)
+    assert not any(value.requires_grad for value in ours.buffers())
+    assert same(ours, theirs)
+
+
 def test_models_that_cannot_take_it():
     ours, theirs = of("wrn")
     checkpoint = checkpoint_of(theirs)
