@@ -1,4 +1,4 @@
-"""A sparsified network goes wherever its base goes: twelve architectures, some of them hard ones."""
+"""A sparsified network goes wherever its base goes: twelve architectures, some of them hard."""
 
 import copy
 import pickle
