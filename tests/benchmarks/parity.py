@@ -1,8 +1,8 @@
 """Imported checkpoints against the published classes that wrote them, bit for bit.
 
-    git clone https://github.com/RobustBench/robustbench /tmp/robustbench
-    git clone https://github.com/SPIN-UMass/MeanSparse /tmp/MeanSparse
-    python -m tests.benchmarks.parity --robustbench /tmp/robustbench --meansparse /tmp/MeanSparse \
+    git clone https://github.com/RobustBench/robustbench ../robustbench
+    git clone https://github.com/SPIN-UMass/MeanSparse ../MeanSparse
+    python -m tests.benchmarks.parity --robustbench ../robustbench --meansparse ../MeanSparse \
         --json docs/records/parity.json
 
 Every published class is built with random weights, measures its statistics on random images by its
