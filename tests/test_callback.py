@@ -86,8 +86,29 @@ def test_lightnings_demo_module_in_one_line(tmp_path):
     assert_calibrated(model, sites=["layer.1@in"], images=trainer.train_dataloader.dataset.data)
 
 
-def test_a_functional_activation_is_an_error_before_training(tmp_path):
+class Held(DemoModel):
+    """A function that the object holds has no source that could be written anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = lambda x: torch.relu(self.l1(x.view(x.size(0), -1)))
+
+    def forward(self, x):
+        return self.code(x)
+
+
+def test_a_functional_activation_is_calibrated(tmp_path):
     model = DemoModel()
+    images = RandomDataset(32, 8)
+    trainer = make_trainer(tmp_path, callbacks=[MeanSparseCallback()])
+    trainer.fit(model, DataLoader(images))
+    assert list(operators(model)) == ["::relu[0]@in"]
+    expected = model.l1(images.data).mean(0)
+    torch.testing.assert_close(operators(model)["::relu[0]@in"].mean, expected)
+
+
+def test_an_activation_that_cannot_be_reached_is_an_error_before_training(tmp_path):
+    model = Held()
     before = weights(model)
     trainer = make_trainer(tmp_path, callbacks=[MeanSparseCallback()])
     with pytest.raises(ValueError, match="relu"):
