@@ -237,7 +237,7 @@ def test_it_says_which_normalisation_it_took(caplog, tmp_path) -> None:
 
     name, line = told("timm/test_resnet", pretrained=False)
     assert name == "timm's pretrained_cfg of test_resnet.r160_in1k"
-    assert line == f"timm/test_resnet: mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5, from: {name}"
+    assert line == f"timm/test_resnet: mean 0.5, std 0.5, from: {name}"
     name, line = told("torchvision/squeezenet1_1", pretrained=False)
     assert name == "transforms of torchvision's SqueezeNet1_1_Weights.IMAGENET1K_V1"
     assert "mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225" in line
@@ -416,8 +416,16 @@ def test_what_is_no_image_classifier_is_refused(tmp_path) -> None:
     gpt.save_pretrained(tmp_path / "tokens")
     with pytest.raises(ValueError, match="takes input_ids, not images"):
         load_classifier(tmp_path / "tokens", pretrained=False, mean=0, std=1)
+    gemma = {"model_type": "shieldgemma2", "architectures": ["ShieldGemma2ForImageClassification"]}
+    (tmp_path / "tokens" / "config.json").write_text(json.dumps(gemma))
+    with pytest.raises(ValueError, match="takes input_ids, not images"):  # before it is built
+        load_classifier(tmp_path / "tokens", pretrained=False)
     transformers.BertConfig(**SMALL).save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="a bert model, of which transformers has no image class"):
+        load_classifier(tmp_path / "text", pretrained=False)
+    config = {"model_type": "timm_wrapper", "architecture": "test_resnet", "num_classes": 5}
+    (tmp_path / "text" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lacks mean, std or input_size; give mean="):
         load_classifier(tmp_path / "text", pretrained=False)
 
 

@@ -48,11 +48,7 @@ def load_transformers(
     config = transformers.AutoConfig.from_pretrained(
         name, revision=revision, trust_remote_code=False
     )
-    if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(
-            f"{name!r} holds a {config.model_type} model, of which transformers has no image "
-            "classifier"
-        )
+    _require_images(transformers, name, config)
     commit = getattr(config, "_commit_hash", None)
     fields = {key: value for key, value in options.items() if value is not None}
     channels = fields.pop("in_chans", None)
@@ -74,8 +70,6 @@ def load_transformers(
     _mend_timm_wrapper(config)
     found = _pixels(transformers, name, revision, config, int(stored)) if normalise else None
     model = _model(transformers, name, revision, config, pretrained, classes is not None)
-    if model.main_input_name not in _IMAGES:
-        raise ValueError(f"{name!r} takes {model.main_input_name}, not images")
     pixels, source = found if found else (None, "")
     size = pixels.size if pixels else None
     side = fields.get("image_size")
@@ -120,6 +114,19 @@ def import_transformers() -> Any:
     return transformers
 
 
+def _require_images(transformers: Any, name: str, config: Any) -> None:
+    mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise ValueError(
+            f"{name!r} holds a {config.model_type} model, of which transformers has no image "
+            "classifier"
+        )
+    kinds = mapping[type(config)]
+    for kind in kinds if isinstance(kinds, tuple | list) else (kinds,):
+        if kind.main_input_name not in _IMAGES:
+            raise ValueError(f"{name!r} takes {kind.main_input_name}, not images")
+
+
 def _model(
     transformers: Any,
     name: str,
@@ -161,12 +168,16 @@ def _pixels(
     transformers: Any, name: str, revision: str | None, config: Any, channels: int
 ) -> tuple[Pixels, str]:
     """What the image processor does to pixels, and which one it is."""
+    hint = "give mean= and std= (0 and 1 for none)"
     if config.model_type == "timm_wrapper":
-        known = config.pretrained_cfg
+        known = getattr(config, "pretrained_cfg", None) or {}
+        if not known.keys() >= {"mean", "std", "input_size"}:
+            raise UnknownNormalisationError(
+                f"the pretrained_cfg of {name!r} lacks mean, std or input_size; {hint}"
+            )
         size = tuple(known["input_size"])
         pixels = Pixels(list(known["mean"]), list(known["std"]), False, size)
         return pixels, f"timm's pretrained_cfg in {name}"
-    hint = "give mean= and std= (0 and 1 for none)"
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
             name, revision=revision, trust_remote_code=False

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_meansparse.classifier.folder import FORMAT, load_folder, read_config
 from lightning_meansparse.classifier.hugging_face import load_transformers
@@ -151,10 +151,7 @@ def load_classifier(
 def _told(classifier: Classifier) -> Classifier:
     """Say which normalisation it is."""
     name = classifier.source or type(classifier.model).__name__
-    mean, std = (
-        ", ".join(f"{number:.4g}" for number in numbers.flatten().tolist())
-        for numbers in (classifier.mean, classifier.std)
-    )
+    mean, std = _numbers(classifier.mean), _numbers(classifier.std)
     if classifier.normalisation == "none":
         _log.info("%s: pixels go in as they are, not normalised (mean= and std= would)", name)
     else:
@@ -162,6 +159,12 @@ def _told(classifier: Classifier) -> Classifier:
         source = classifier.normalisation
         _log.info("%s: mean %s, std %s%s, from: %s", name, mean, std, order, source)
     return classifier
+
+
+def _numbers(values: Tensor) -> str:
+    """One number per channel, or one for all."""
+    texts = [f"{value:.4g}" for value in values.flatten().tolist()]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
 
 
 def _from_library(
