@@ -333,7 +333,11 @@ def test_the_size_is_the_one_that_the_model_was_built_for(tmp_path) -> None:
     assert larger.input_size == (3, 64, 64)
     assert larger(torch.rand(1, 3, 64, 64)).shape == (1, 4)
     transformers.ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
-    assert load_classifier(tmp_path).input_size is None
+    assert load_classifier(tmp_path).input_size == (3, 32, 32)
+    assert load_classifier(tmp_path, mean=0, std=1).input_size == (3, 32, 32)
+    sizes = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    transformers.ResNetForImageClassification(sizes).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path).input_size is None  # neither of the two files names one
 
 
 def test_torchvisions_weights_for_larger_images_build_the_larger_model(tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_folders_of_every_kind(tmp_path, capsys) -> None:
         image_size=32, embed_dim=8, depths=[1], num_heads=[2], window_size=4
     )
     config.save_pretrained(tmp_path / "hf")  # neither weights nor an image processor
-    assert main(["sites", str(tmp_path / "hf"), "--image-size", "32"]) == 0
+    assert main(["sites", str(tmp_path / "hf")]) == 0
     ((name, kind, shape, *_, producer),) = table(capsys.readouterr().out)
     assert name.startswith("swin.encoder.layers.0.blocks.0.")
     assert (kind, shape) == ("GELUActivation", "(32,)")

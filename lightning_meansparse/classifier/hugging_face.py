@@ -53,8 +53,9 @@ def load_transformers(
     fields = {key: value for key, value in options.items() if value is not None}
     channels = fields.pop("in_chans", None)
     classes = fields.pop("num_classes", None)
-    stored = getattr(config, "num_channels", 3)
-    if channels is not None and channels != stored:
+    stored = int(getattr(config, "num_channels", 3))
+    channels = stored if channels is None else channels
+    if channels != stored:
         if pretrained:
             raise ValueError(
                 f"in_chans={channels}, but the weights of {name!r} take {stored} channels; give "
@@ -68,27 +69,24 @@ def load_transformers(
             raise ValueError(f"{key}={value!r} is no field of {type(config).__name__}")
         setattr(config, key, value)
     _mend_timm_wrapper(config)
-    found = _pixels(transformers, name, revision, config, int(stored)) if normalise else None
+    pixels, source = None, ""
+    if normalise:
+        pixels, source = _pixels(transformers, name, revision, config, stored)
     model = _model(transformers, name, revision, config, pretrained, classes is not None)
-    pixels, source = found if found else (None, "")
-    size = pixels.size if pixels else None
-    side = fields.get("image_size")
-    if isinstance(side, int):
-        size = (int(stored), side, side)
-    mean, std, bgr = (pixels.mean, pixels.std, pixels.bgr) if pixels else (None, None, False)
-    if channels is not None and channels != stored:
-        mean, std = mean and for_channels(mean, channels), std and for_channels(std, channels)
-        size, bgr = size and (channels, *size[1:]), False
+    side = getattr(config, "image_size", None)
+    size: Any = (side, side) if isinstance(side, int) else side
+    if pixels and pixels.size and "image_size" not in fields:
+        size = pixels.size[1:]
     return Loaded(
         model,
         int(config.num_labels),
-        mean,
-        std,
-        size,
+        for_channels(pixels.mean, channels) if pixels else None,
+        for_channels(pixels.std, channels) if pixels else None,
+        (channels, *size) if size else None,
         {"source": f"hf/{config.model_type}", "options": {"config": config.to_dict()}},
         source,
         label_names(config.id2label, int(config.num_labels)),
-        bgr,
+        bool(pixels and pixels.bgr and channels == stored),
         commit or revision,
     )
 
