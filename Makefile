@@ -16,7 +16,7 @@ ARGS ?=
 # Python keeps its compiled files: without them every process would compile torch and friends anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test lint format docs docs-serve bench api clean
+.PHONY: help setup demo test lint format docs docs-serve bench coverage api clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -68,6 +68,9 @@ docs-serve: $(READY) ## show the documentation while you edit it
 
 bench: $(READY) ## measure the cost of the operator, the calibration and an attack
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+coverage: $(READY) ## look for activations that are missed in some 360 models, and write docs/coverage.md
+	@$(BIN)/python -m tests.coverage $(ARGS)
 
 api: $(READY) ## write tests/public_api.txt anew after a wanted change of the public names
 	@$(BIN)/python tests/test_project.py

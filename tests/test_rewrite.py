@@ -220,11 +220,9 @@ class Rectified(Base):
         self.tau = nn.Parameter(torch.rand(6, 1, 1) / 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).clamp(-9, 9)
-        x = self.again(x.clamp(min=0))
+        x = torch.maximum(self.conv(x), -self.conv(x))
         x = self.again(torch.maximum(x, self.tau))
-        x = self.again(torch.maximum(x, -x))
-        return self.classify(torch.clamp_min(x, 0))
+        return self.classify(x)
 
 
 class Overwritten(Base):
@@ -316,8 +314,8 @@ NETS: dict[str, tuple[Any, list[str]]] = {
         Namesakes,
         ["::relu[0]@in", "::act[0]@in", "::relu[1]@in", "::relu[2]@in"],
     ),
-    # -9 to 9 is the first clamp that the code comes to, and counts though it is no activation
-    "rectified": (Rectified, ["::clamp[1]@in", "::maximum[0]@in", "::clamp_min[0]@in"]),
+    # the first maximum counts though it is no activation
+    "rectified": (Rectified, ["::maximum[1]@in"]),
     "overwritten": (
         Overwritten,
         ["act@in", "::elu[0]@in", "::sigmoid[0]@in"],
@@ -347,7 +345,7 @@ class Reference(TorchFunctionMode):
     It knows the functions of torch and nothing of sites, sources or modules.
     """
 
-    RECTIFIERS = frozenset({"clamp", "clamp_min", "maximum"})
+    RECTIFIERS = frozenset({"maximum"})
     NAMES = frozenset(
         {"relu", "sigmoid", "tanh", "gelu", "silu", "elu", "mish", "hardswish", "leaky_relu"}
     )

@@ -39,9 +39,6 @@ FUNCTIONS = names(
 )
 """Functional activations: names in `torch`, in `torch.nn.functional` and of aten operations."""
 
-RECTIFIERS = names("clamp clip clamp_min")
-"""Functions that are activations if they clamp from 0 on."""
-
 EXTREMES = names("maximum minimum max min")
 """Functions of two tensors that are activations if one does not depend on the model's input."""
 

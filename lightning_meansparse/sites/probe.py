@@ -23,7 +23,6 @@ from lightning_meansparse.sites.activations import (
     CONTAINERS,
     EXTREMES,
     FUNCTIONS,
-    RECTIFIERS,
     is_activation,
     is_operator,
 )
@@ -347,7 +346,7 @@ class _Functions(TorchFunctionMode):
         if probe._muted:
             return func(*args, **kwargs)
         if name not in FUNCTIONS and not self._rectifies(name, args, kwargs):
-            if name in RECTIFIERS | EXTREMES:
+            if name in EXTREMES:
                 probe._turn(function_spot, name)  # no activation, but the code calls it the same
             return func(*args, **kwargs)
         call = probe.begin(name, args[0] if args else kwargs.get("input"))
@@ -363,12 +362,10 @@ class _Functions(TorchFunctionMode):
     def _rectifies(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call is a rectifier by another name.
 
-        That is `clamp` from 0 on, or the maximum or minimum with what does not depend on the input
-        (the threshold of filter response normalisation).
+        That is the maximum or minimum with what does not depend on the input (the threshold of
+        filter response normalisation).
         """
-        second = args[1] if len(args) > 1 else kwargs.get("min")
-        if name in RECTIFIERS:
-            return isinstance(second, (int, float)) and second == 0
+        second = args[1] if len(args) > 1 else None
         return (
             name in EXTREMES
             and isinstance(second, Tensor)

@@ -119,20 +119,16 @@ def _untold(run: Mapping[str, Row]) -> str:
         )
     if torn:
         parts.append(
-            f"Of the calls that are not reached, {_listed(torn, 'are')} served in part: the code "
-            "writes an activation out amid other things, `x * sigmoid(v * x)`, and the operator "
-            "stands at the argument of the sigmoid, while the other `x` goes past it"
+            f"Of the calls that are not reached, {_listed(torn, noun='')} are served in part: the "
+            "code writes an activation out amid other things, `x * sigmoid(v * x)`, and the "
+            "operator stands at the argument of the sigmoid, while the other `x` goes past it"
         )
     return "\n\n".join(f"{part}." for part in parts)
 
 
-def _listed(counts: Mapping[str, int], what: str = "operators") -> str:
+def _listed(counts: Mapping[str, int], *, noun: str = " operators") -> str:
     shown = ", ".join(f"`{name}` {count}" for name, count in counts.items())
-    return (
-        f"{sum(counts.values())} {what} ({shown})"
-        if what == "operators"
-        else (f"{sum(counts.values())} ({shown}) {what}")
-    )
+    return f"{sum(counts.values())}{noun} ({shown})"
 
 
 def _every(run: Mapping[str, Row]) -> str:
