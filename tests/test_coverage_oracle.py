@@ -336,6 +336,10 @@ SHAPES = {
         lambda m, x: F.relu(torch.cat([x, m.conv8(x)], 1).unflatten(1, (4, 4)).flatten(3).mT),
         [(4, 1, 4)],
     ),
+    "branches summed and rectified again and again": (
+        lambda m, x: (lambda y: F.relu(m.bn(y) + m.conv8(y)))(F.relu(m.bn(x) - 3 + m.conv8(x))),
+        [(8, 1, 1), (8, 1, 1)],
+    ),
     "a part of the channels": (lambda m, x: F.relu(x[:, 2:6]), [(4, 1, 1)]),
     "channel shuffle": (
         lambda m, x: F.relu(x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)),
