@@ -22,8 +22,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,10 +126,13 @@ class _Round:
     Attributes:
         reduce: Reductions go on from what they are given; else they give what they gave first.
         hold: Which operand of a product of two input-dependent tensors is held, 0 or 1.
+        shift: The first channel has another number at each layer. Else all layers count alike, so
+            that a sum of many layers still tells its channels apart.
     """
 
     reduce: bool = False
     hold: int | None = None
+    shift: bool = False
 
 
 @dataclass
@@ -149,15 +152,22 @@ class _Search:
     ) -> None:
         """Look at what is not told yet; channels may show along other axes in each round."""
         open_ = [w for w in watched if not isinstance(found.get(w), tuple)]
-        axes: dict[Watched, list[frozenset[int] | str]] = {w: [] for w in open_}
+        answers: dict[Watched, list[_Axes | str]] = {w: [] for w in open_}
         for how in rounds if open_ else ():
-            for w, answer in self._round(open_, how).items():
-                axes[w].append(answer)
+            answer = self._round(open_, how)
+            # Heads from two layers repeat, too, but not if these count otherwise.
+            doubtful = [w for w in open_ if isinstance(a := answer[w], _Axes) and a.repeating]
+            if doubtful:
+                shifted = self._round(doubtful, replace(how, shift=True))
+                for w in doubtful:
+                    answer[w] = _without_repeats(answer[w], shifted[w])
+            for w in open_:
+                answers[w].append(answer[w])
         for w in open_:
-            sets = [answer for answer in axes[w] if not isinstance(answer, str)]
+            sets = [answer.axes for answer in answers[w] if isinstance(answer, _Axes)]
             united = frozenset().union(*sets)
             if not sets:
-                found.setdefault(w, str(axes[w][0]))
+                found.setdefault(w, str(answers[w][0]))
             elif -self.first.before[w].ndim in united and self.first.before[w].ndim > 1:
                 found[w] = _SAMPLES
             else:
@@ -176,9 +186,7 @@ class _Search:
             if alone.channels.get(step) == channels / len(self.inputs[0]):
                 self.folded[step] = alone.channels[step]
 
-    def _round(
-        self, watched: Sequence[Watched], how: _Round
-    ) -> dict[Watched, frozenset[int] | str]:
+    def _round(self, watched: Sequence[Watched], how: _Round) -> dict[Watched, _Axes | str]:
         images = [t.shape[1] for t in self.inputs if t.ndim == 4]
         most = max([*self.first.channels.values(), *images, 1])
         runs = next(k for k in itertools.count(4, 2) if math.comb(k, k // 2) >= most)
@@ -206,7 +214,21 @@ _LOST = 0.01
 """Up to this share of differences is put down to changes that got lost; found are 0, 1e-4 or 1."""
 
 
-def _axes(history: Tensor, half: int) -> frozenset[int] | str:
+class _Axes(NamedTuple):
+    """Axes along which histories differ, and those of them along which they come again and again."""
+
+    axes: frozenset[int]
+    repeating: frozenset[int] = frozenset()
+
+
+def _without_repeats(answer: _Axes | str, shifted: _Axes | str) -> _Axes | str:
+    """Leave out axes that repeat in both rounds: there, channels lie between pixels."""
+    if isinstance(answer, str) or isinstance(shifted, str):
+        return answer
+    return _Axes((answer.axes - (answer.repeating & shifted.repeating)) or answer.axes)
+
+
+def _axes(history: Tensor, half: int) -> _Axes | str:
     """Axes along which the histories differ; those with too few changes say nothing."""
     bits = [(history >> bit) & 1 for bit in range(2 * half)]
     weight = torch.stack(bits).sum(0) if history.numel() < 1 << 20 else sum(bits)
@@ -222,15 +244,14 @@ def _axes(history: Tensor, half: int) -> frozenset[int] | str:
         apart = ((a & ~b) != 0) & ((b & ~a) != 0) & both
         if apart.any(axis).sum() > _LOST * both.any(axis).sum():
             axes.add(axis - history.ndim)
-    if len(axes) > 1:
-        axes = {axis for axis in axes if not _repeats(history, axis)} or axes
     if not axes and bool((weight[known] > half).any()):
         return "all channels are mixed"
-    return frozenset(axes)
+    repeating = {axis for axis in axes if len(axes) > 1 and _repeats(history, axis)}
+    return _Axes(frozenset(axes), frozenset(repeating))
 
 
 def _repeats(history: Tensor, axis: int) -> bool:
-    """Whether the same comes again and again along an axis: channels that lie between pixels."""
+    """Whether the same comes again and again along an axis."""
     size = history.shape[axis]
     return any(
         torch.equal(
@@ -377,11 +398,10 @@ class _Again(_Rerun):
         noise = _noise(kept) * (30 * kept.abs().amax() + 30 if kept.numel() else 1)
         size = kept.shape[axis]
         index = torch.arange(size) % self.folded.get(step, size)
-        # Other numbers at each layer: channels of two layers side by side must not seem the same.
-        chosen = self.chosen[(index + 7919 * step) % len(self.chosen)]
+        index = (index + 7919 * step * self.how.shift) % len(self.chosen)
         shape = [1] * kept.ndim
         shape[axis] = size
-        return kept + noise * chosen.view(shape).to(kept.dtype)
+        return kept + noise * self.chosen[index].view(shape).to(kept.dtype)
 
 
 _POOL = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0)) + 1
