@@ -215,7 +215,7 @@ _LOST = 0.01
 
 
 class _Axes(NamedTuple):
-    """Axes along which histories differ, and those of them along which they come again and again."""
+    """Axes along which histories differ, and those of them along which they come again."""
 
     axes: frozenset[int]
     repeating: frozenset[int] = frozenset()
