@@ -85,7 +85,6 @@ TIMM = """
     eca_botnext26ts_256 128 img_size=128
     eca_halonext26ts 256
     halonet26t 256
-    halonet_h1 256
     haloregnetz_b 224
     lambda_resnet26t 128 img_size=128
     lamhalobotnet50ts_256 256
