@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_meansparse.attacks.ball import Ball
 from lightning_meansparse.attacks.losses import cross_entropy, dlr_loss, margin_loss
-from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack
+from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack, Task
 
 LOSSES = ("ce", "dlr", "dlr-targeted", "margin")
 
@@ -87,53 +87,37 @@ class APGD(StartedAttack):
         step_size: float = 2.0,
         seed: int = 0,
     ) -> None:
-        super().__init__("APGD", model, eps=eps, norm=norm, seed=seed)
+        counts = {"steps": steps, "n_restarts": n_restarts, "n_targets": n_targets}
+        super().__init__("APGD", model, eps=eps, norm=norm, seed=seed, **counts)
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}.")
-        for name, value in (("steps", steps), ("n_restarts", n_restarts), ("n_targets", n_targets)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
         if not 0 < close <= 1:
             raise ValueError(f"close must be a share of the margin in (0, 1], got {close!r}.")
-        self.steps = steps
-        self.n_restarts = n_restarts
         self.close = close
         self.loss = loss
-        self.n_targets = n_targets
         self.rho = rho
         self.step_size = step_size
 
-    def perturb_from(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        starts: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Outcome:
+    def search(self, task: Task, outcome: Outcome) -> None:
         """Attack each image from its start point, by Algorithm 1 of the paper."""
-        outcome = Outcome.empty(images)
-        ball = Ball(images, self.eps, self.norm)
-        indices = torch.arange(len(images)) if indices is None else indices.cpu()
         if self.loss == "dlr-targeted":
-            targets = self.likely_targets(images, labels, self.n_targets, outcome)
+            targets = self.likely_targets(task.images, task.labels, self.n_targets, outcome)
         else:
-            targets = labels[:, None]
+            targets = task.labels[:, None]
         worth = torch.ones_like(outcome.fooled)
-        for run in range(self.n_restarts * targets.shape[1]):
+        for run, rows in outcome.runs(self.n_restarts * targets.shape[1]):
             if run == targets.shape[1] and self.close < 1:
-                worth = self._close(images, labels, outcome)
-            rows = (~outcome.fooled & worth).nonzero().squeeze(1)
+                worth = self._close(task.images, task.labels, outcome)
+            rows = rows[worth[rows]]
             if len(rows) == 0:
                 break
-            part = ball.select(rows)
-            if run == 0 and starts is not None:
-                start = part.project(starts[rows])
+            part = task.select(rows)
+            if run == 0 and part.starts is not None:
+                start = part.ball.project(part.starts)
             else:
-                start = part.random(self.seed, indices[rows.cpu()], run)
+                start = part.ball.random(self.seed, part.indices, run)
             target = targets[rows, run % targets.shape[1]]
-            self._run(rows, part, labels[rows], target, start, outcome)
-        return outcome
+            self._run(rows, part.ball, part.labels, target, start, outcome)
 
     def _close(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
         """Which samples the best example so far has brought near to the decision boundary."""

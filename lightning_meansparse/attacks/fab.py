@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_meansparse.attacks.ball import Ball
 from lightning_meansparse.attacks.losses import margin_loss
-from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack
+from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack, Task
 
 _library: Any = importlib.import_module("torchattacks.attacks.fab")
 
@@ -54,44 +53,23 @@ class FAB(StartedAttack):
         beta: float = 0.9,
         seed: int = 0,
     ) -> None:
-        super().__init__("FAB", model, eps=eps, norm=norm, seed=seed)
-        for name, value in (("steps", steps), ("n_restarts", n_restarts), ("n_targets", n_targets)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        self.steps = steps
-        self.n_restarts = n_restarts
-        self.n_targets = n_targets
+        counts = {"steps": steps, "n_restarts": n_restarts, "n_targets": n_targets}
+        super().__init__("FAB", model, eps=eps, norm=norm, seed=seed, **counts)
         self.alpha_max = alpha_max
         self.eta = eta
         self.beta = beta
 
-    def perturb_from(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        starts: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Outcome:
+    def search(self, task: Task, outcome: Outcome) -> None:
         """Look for an example in the ball; without one the image itself is left."""
-        outcome = Outcome.empty(images)
-        ball = Ball(images, self.eps, self.norm)
-        indices = torch.arange(len(images)) if indices is None else indices.cpu()
-        targets = self.likely_targets(images, labels, self.n_targets, outcome)
-        for run in range(self.n_restarts * targets.shape[1]):
-            rows = (~outcome.fooled).nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            center = images[rows]
+        targets = self.likely_targets(task.images, task.labels, self.n_targets, outcome)
+        for run, rows in outcome.runs(self.n_restarts * targets.shape[1]):
+            part = task.select(rows)
             if run >= targets.shape[1]:
-                start = (center + ball.select(rows).random(self.seed, indices[rows.cpu()], run)) / 2
-            elif starts is not None:
-                start = starts[rows]
+                start = (part.images + part.ball.random(self.seed, part.indices, run)) / 2
             else:
-                start = center
+                start = part.images if part.starts is None else part.starts
             target = targets[rows, run % targets.shape[1]]
-            self._run(rows, center, labels[rows], target, start, outcome)
-        return outcome
+            self._run(rows, part.images, part.labels, target, start, outcome)
 
     def _run(
         self,

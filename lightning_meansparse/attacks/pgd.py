@@ -5,7 +5,7 @@ Imported only when such an attack is built, since its base class is torchattacks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,60 @@ class Outcome:
             torch.zeros(count, dtype=torch.int64, device=device),
         )
 
+    def runs(self, count: int) -> Iterator[tuple[int, Tensor]]:
+        """Up to ``count`` runs: their numbers, and the rows that still stand when each begins."""
+        for run in range(count):
+            rows = (~self.fooled).nonzero().squeeze(1)
+            if len(rows) == 0:
+                return
+            yield run, rows
+
+
+@dataclass
+class Task:
+    """What an attack is given, one row per sample.
+
+    Attributes:
+        images: Clean images in [0, 1], ``(N, C, H, W)``.
+        labels: Class numbers, ``(N,)``.
+        ball: What is within reach of them.
+        indices: Sample numbers that noise belongs to, ``(N,)``, on the CPU.
+        starts: Where to start, as ``images``; None leaves it to the attack.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ball: Ball
+    indices: Tensor
+    starts: Tensor | None
+
+    def select(self, rows: Tensor) -> Task:
+        """Some of the samples, by position."""
+        return Task(
+            self.images[rows],
+            self.labels[rows],
+            self.ball.select(rows),
+            self.indices[rows.cpu()],
+            None if self.starts is None else self.starts[rows],
+        )
+
 
 class StartedAttack(_Attack):  # type: ignore[misc]
-    """An attack with start points and sample numbers; a subclass writes `perturb_from`."""
+    """An attack with start points and sample numbers; a subclass writes `search`.
 
-    def __init__(self, name: str, model: nn.Module, *, eps: float, norm: str, seed: int) -> None:
+    ``counts`` are whole numbers of something (steps, queries, restarts), which become attributes.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, *, eps: float, norm: str, seed: int, **counts: int
+    ) -> None:
         super().__init__(name, model)
         if norm not in ("Linf", "L2"):
             raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}.")
+        for count, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{count} must be at least 1, got {value!r}.")
+            setattr(self, count, value)
         self.eps = eps
         self.norm = norm
         self.seed = seed
@@ -87,6 +133,14 @@ class StartedAttack(_Attack):  # type: ignore[misc]
         Returns:
             What was found. Judge it by the model, not by ``fooled``.
         """
+        indices = torch.arange(len(images)) if indices is None else indices.cpu()
+        ball = Ball(images, self.eps, self.norm)
+        outcome = Outcome.empty(images)
+        self.search(Task(images, labels, ball, indices, starts), outcome)
+        return outcome
+
+    def search(self, task: Task, outcome: Outcome) -> None:
+        """Look for examples, and write them and their cost into ``outcome``, which is empty."""
         raise NotImplementedError
 
     def gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,31 +201,20 @@ class PGD(StartedAttack):
         random_start: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__("PGD", model, eps=eps, norm=norm, seed=seed)
-        self.steps = steps
+        super().__init__("PGD", model, eps=eps, norm=norm, seed=seed, steps=steps)
         self.step_size = step_size
         self.random_start = random_start
 
-    def perturb_from(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        starts: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Outcome:
+    def search(self, task: Task, outcome: Outcome) -> None:
         """Attack each image from its start point, by steps of one length."""
-        outcome = Outcome.empty(images)
-        ball = Ball(images, self.eps, self.norm)
-        if indices is None:
-            indices = torch.arange(len(images))
-        if starts is not None:
-            points = ball.project(starts)
+        labels, ball = task.labels, task.ball
+        if task.starts is not None:
+            points = ball.project(task.starts)
         elif self.random_start:
-            points = ball.random(self.seed, indices)
+            points = ball.random(self.seed, task.indices)
         else:
-            points = images.clone()
-        rows = torch.arange(len(images), device=images.device)
+            points = task.images.clone()
+        rows = torch.arange(len(points), device=points.device)
         for step in range(self.steps + 1):
             outcome.forwards[rows] += 1
             if step == self.steps:
@@ -189,4 +232,3 @@ class PGD(StartedAttack):
             )
             ball = ball.select(standing)
             points = ball.project(points + self.step_size * self.eps * ball.direction(slope))
-        return outcome

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_meansparse.attacks.ball import Ball, lengths, sample_seed
 from lightning_meansparse.attacks.losses import cross_entropy, margin_loss
-from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack
+from lightning_meansparse.attacks.pgd import Loss, Outcome, StartedAttack, Task
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _Index = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -47,43 +47,26 @@ class Square(StartedAttack):
         loss: str = "margin",
         seed: int = 0,
     ) -> None:
-        super().__init__("Square", model, eps=eps, norm=norm, seed=seed)
+        counts = {"n_queries": n_queries, "n_restarts": n_restarts}
+        super().__init__("Square", model, eps=eps, norm=norm, seed=seed, **counts)
         if loss not in ("margin", "ce"):
             raise ValueError(f"loss must be 'margin' or 'ce', got {loss!r}.")
         if not 0 < p_init <= 1:
             raise ValueError(f"p_init must be a share of the image in (0, 1], got {p_init!r}.")
-        for name, value in (("n_queries", n_queries), ("n_restarts", n_restarts)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value!r}.")
-        self.n_queries = n_queries
-        self.n_restarts = n_restarts
         self.p_init = p_init
         self.loss = loss
 
-    def perturb_from(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        starts: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Outcome:
+    def search(self, task: Task, outcome: Outcome) -> None:
         """Attack each image from its start point, or from stripes (Linf) or tiles (L2)."""
-        outcome = Outcome.empty(images)
-        ball = Ball(images, self.eps, self.norm)
-        indices = torch.arange(len(images)) if indices is None else indices.cpu()
-        for run in range(self.n_restarts):
-            rows = (~outcome.fooled).nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            part = ball.select(rows)
-            first, later = self._draw(part, indices[rows.cpu()], run)
-            if run == 0 and starts is not None:
-                points = part.project(starts[rows])
+        for run, rows in outcome.runs(self.n_restarts):
+            part = task.select(rows)
+            first, later = self._draw(part.ball, part.indices, run)
+            if run == 0 and part.starts is not None:
+                points = part.ball.project(part.starts)
             else:
-                points = _stripes(part, first) if self.norm == "Linf" else _tiles(part, first)
-            self._run(rows, part, labels[rows], points, later, outcome)
-        return outcome
+                make = _stripes if self.norm == "Linf" else _tiles
+                points = make(part.ball, first)
+            self._run(rows, part.ball, part.labels, points, later, outcome)
 
     def _draw(self, ball: Ball, indices: Tensor, run: int) -> tuple[Tensor, Tensor]:
         """Numbers in [0, 1): for the first point ``(N, ...)``, and per query ``(N, queries, k)``.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_meansparse.attacks.apgd import APGD
-from lightning_meansparse.attacks.pgd import Outcome
+from lightning_meansparse.attacks.pgd import Outcome, Task
 from lightning_meansparse.surgery.control import alpha_scaled
 
 
@@ -60,19 +60,11 @@ class Transfer(APGD):
             raise ValueError(f"factor must be at least 0, got {factor!r}.")
         self.factor = factor
 
-    def perturb_from(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        starts: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Outcome:
+    def search(self, task: Task, outcome: Outcome) -> None:
         """Attack each image from its start point; both networks' forward passes are counted."""
-        outcome = super().perturb_from(images, labels, starts=starts, indices=indices)
+        super().search(task, outcome)
         shared = 1 if self.loss == "dlr-targeted" else 0  # the forward that ranks the targets
         outcome.forwards += outcome.forwards - shared
-        return outcome
 
     def gradient(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The neighbour's loss and gradient, and which samples the network still gets right."""
