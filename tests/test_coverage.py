@@ -50,7 +50,7 @@ def test_hard_models(name: str) -> None:
     result = check_model(*model.build())
     assert result.passed, "\n".join(reasons(result.as_dict()))
     assert result.calls - result.gates == result.reached > 0
-    assert result.told >= 0.8 * result.operators  # where the tracer cannot tell, it says so
+    assert result.told == result.operators
 
 
 # ---------------------------------------------------------------------------------------- the list
@@ -108,19 +108,21 @@ def test_a_process_that_crashes_or_hangs_takes_nothing_along() -> None:
     assert outcome(late) == "FAILED: not done after 0.5 seconds"
 
 
-def row(**changes: object) -> dict[str, object]:
-    good = {"calls": 5, "gates": 1, "reached": 4, "operators": 4, "told": 4, "seconds": 1.0}
-    return good | {"missed": [], "failures": [], "error": "", "build_seconds": 0.5} | changes
+def good(**changes: object) -> dict[str, object]:
+    fine = {"calls": 5, "gates": 1, "reached": 4, "operators": 4, "told": 4, "seconds": 1.0}
+    return fine | {"missed": [], "failures": [], "error": "", "build_seconds": 0.5} | changes
 
 
 def test_the_page_tells_what_fails_and_why() -> None:
     rows = {
-        "timm/good": row(again=2),
-        "timm/untold": row(told=3),
-        "timm/short": row(reached=3, missed=["relu in block_1"]),
-        "timm/torn": row(reached=3, torn=1, failures=["sigmoid in bn: x serves a part of it only"]),
-        "hf/wrong": row(failures=["a_ran twice", "b", "c", "d"]),
-        "hf/refused": row(reached=0, error="UnreachableSitesError: <lambda>", missed=["x", "y"]),
+        "timm/good": good(again=2),
+        "timm/untold": good(told=3),
+        "timm/short": good(reached=3, missed=["relu in block_1"]),
+        "timm/torn": good(
+            reached=3, torn=1, failures=["sigmoid in bn: x serves a part of it only"]
+        ),
+        "hf/wrong": good(failures=["a_ran twice", "b", "c", "d"]),
+        "hf/refused": good(reached=0, error="UnreachableSitesError: <lambda>", missed=["x", "y"]),
         "torchvision/dead": {"crash": "Traceback\n  File\nRuntimeError: no"},
         "torchvision/absent": {"left_out": "needs a key"},
     }
@@ -159,6 +161,10 @@ def test_the_published_page_is_the_record_of_the_whole_list() -> None:
     assert record["command"].startswith("python -m tests.coverage")
     assert "--only" not in record["command"]
     assert record["versions"].keys() == {"python", "torch", "torchvision", "timm", "transformers"}
+    run = {name: row for name, row in record["models"].items() if not row.get("left_out")}
+    assert max(row["seconds"] + row["build_seconds"] for row in run.values()) < 60
+    for name, row in run.items():
+        assert all("serves a part of it only" in reason for reason in reasons(row)), name
 
 
 @PART

@@ -516,7 +516,7 @@ TRANSFORMERS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 LEFT_OUT = {
-    "DinatForImageClassification": "needs the package natten, which has no build for CPU",
+    "DinatForImageClassification": "needs the package natten, which this project does not install",
 }
 """Classes of transformers' mapping that cannot be run here, with the reason."""
 
