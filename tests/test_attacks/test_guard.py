@@ -19,6 +19,9 @@ from lightning_meansparse.demo.network import ConvNet
 from lightning_meansparse.surgery import set_alpha
 from tests.test_attacks.victims import EPS, FAB, QUICK, SHORT, own_labels, same, trace
 
+# It calls backward() on the parameters' graph, which fills their gradients unless they are frozen.
+THEIR_FAB = {"attack": "torchattacks.FAB", "name": "their-fab", "options": {"steps": 2}}
+
 
 class Stubborn(nn.Module):
     """BatchNorm and dropout that would show if a module came out of eval mode."""
@@ -59,7 +62,7 @@ def test_no_trace_is_left(stubborn: Stubborn, around: Callable[[], Any]) -> None
         # Lightning makes its batches inside inference mode.
         given, classes = images.clone(), labels.clone()
         before = trace(stubborn)
-        result = evaluate(stubborn, given, classes, attacks=QUICK, eps=EPS)
+        result = evaluate(stubborn, given, classes, attacks=[*QUICK, THEIR_FAB], eps=EPS)
         after = trace(stubborn)
     for key in before:
         assert same(before[key], after[key]), key
@@ -77,6 +80,24 @@ def test_no_trace_is_left_after_an_exception(stubborn: Stubborn, after: int) -> 
         evaluate(stubborn, images, labels, attacks=QUICK, eps=EPS)
     for key, value in trace(stubborn).items():
         assert same(before[key], value), key
+
+
+def test_what_a_module_does_besides_in_train_mode_is_done_again(images: Tensor) -> None:
+    class Folding(nn.Linear):  # as layers do that fold their weights for inference
+        folded = False
+
+        def train(self, mode: bool = True) -> Folding:
+            self.folded = not mode
+            return super().train(mode)
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert self.folded
+            return super().forward(images.flatten(1))
+
+    model = Folding(144, 3)
+    evaluate(model, images[:4], torch.zeros(4, dtype=torch.int64), attacks="fgsm", eps=EPS)
+    assert model.training
+    assert not model.folded
 
 
 def test_operators_come_back_after_an_exception(
