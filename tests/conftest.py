@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import hub, logged_in  # noqa: F401  (fixtures)
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
