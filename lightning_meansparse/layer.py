@@ -117,6 +117,10 @@ class MeanSparse(nn.Module):
             ``"channel"`` the channel's mean (the method), ``"global"`` one mean over all channels,
             ``"zero"`` zero (the two ablations of the paper). σ stays per channel.
 
+    Attributes:
+        count: How many values of each channel ``mean`` and ``var`` were measured on, or batches
+            under ``"official"`` statistics; 0 if that is not known. Nothing is computed with it.
+
     Raises:
         ValueError: If ``mean`` and ``var`` differ in shape, ``alpha`` is negative or not finite, or
             ``center`` is unknown.
@@ -130,6 +134,7 @@ class MeanSparse(nn.Module):
     mean: Tensor
     var: Tensor
     alpha: Tensor
+    count: int = 0
     backward: Backward
     temperature: float
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from adapters import SITES, Net, Wrapper, assert_same, base_of, sparse
+from adapters import SITES, Net, Wrapper, assert_same, base_of, exact, sparse
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
@@ -61,10 +61,61 @@ def test_round_trip_is_exact(tmp_path, center):
 
 def test_config_is_what_the_docs_say(tmp_path):
     config = json.loads((save_adapter(sparse(), tmp_path) / CONFIG_NAME).read_text())
-    assert config["format_version"] == 1
-    assert config["sites"][0] == {"site": "act1@in", "shape": [4, 1, 1], "alpha": 0.2}
+    assert config["format_version"] == 2
+    site = {"site": "act1@in", "shape": [4, 1, 1], "axis": [-3], "alpha": 0.2}
+    assert config["sites"][0] == site
     assert set(config["base"]["fingerprint"]) == {"float32", "float16", "bfloat16"}
     assert config["calibration"] is None
+    assert config["versions"]["torch"] == str(torch.__version__)
+
+
+def test_counts_and_sums_are_those_of_the_data(tmp_path):
+    net, images = exact()
+    sparsify_(net, SITES, alpha=0.2)
+    seen = []
+    net.act1.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
+    calibrate_(net, images.split(5))
+    adapter = read_adapter(save_adapter(net, tmp_path))
+    values = torch.cat([each.transpose(0, 1).flatten(1) for each in _batches(seen)], dim=1)
+    assert int(adapter.tensors["act1@in.count"]) == values.shape[1] == 16 * 36
+    m2 = (values - values.mean(1, keepdim=True)).square().sum(1)
+    assert torch.allclose(adapter.tensors["act1@in.m2"].flatten(), m2, rtol=1e-6)
+    calibrate_(net, images.split(4), statistics="official")
+    official = read_adapter(save_adapter(net, tmp_path, statistics="official"))
+    assert int(official.tensors["act1@in.count"]) == 4  # batches
+
+
+def _batches(seen):
+    assert len(seen) == 4
+    return seen
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 10**12 + 7])
+def test_variances_survive_the_sum_bit_for_bit(tmp_path, count):
+    net = sparse()
+    for op in operators(net).values():
+        exponents = torch.randint(-140, 120, op.var.shape).double()
+        op.var.copy_(torch.rand(op.var.shape).double() * 2**exponents)
+        op.count = count
+    fresh = base_of(net)
+    load_adapter(fresh, save_adapter(net, tmp_path))
+    assert_same(net, fresh)
+    assert {op.count for op in operators(fresh).values()} == {count}
+
+
+def test_what_is_known_of_the_statistics_stays_with_them(tmp_path):
+    net = sparse()
+    facts = {"dataset": "noise", "split": "train", "images": 16}
+    folder = save_adapter(net, tmp_path / "a", base="org/net", revision="abc", calibration=facts)
+    fresh = base_of(net)
+    load_adapter(fresh, folder)
+    set_alpha(fresh, 0.4)
+    again = read_adapter(save_adapter(fresh, tmp_path / "b"))
+    assert (again.source, again.revision, again.calibration) == ("org/net", "abc", facts)
+    other = read_adapter(save_adapter(fresh, tmp_path / "b", base="org/other", calibration={}))
+    assert (other.source, other.revision, other.calibration) == ("org/other", None, {})
+    calibrate_(fresh, [torch.randn(8, 1, 8, 8)])
+    assert read_adapter(save_adapter(fresh, tmp_path / "b")).calibration is None
 
 
 @pytest.mark.parametrize("wrap", [Wrapper, Classifier, lambda net: Wrapper(Classifier(net))])
@@ -210,23 +261,6 @@ def test_sources_that_are_not_there(tmp_path):
         read_adapter(tmp_path, revision="main")
     with pytest.raises(ConnectionError, match="Hub cannot be reached"):
         read_adapter("someone/adapter")
-
-
-def test_hub_asks_for_two_files_at_the_revision(tmp_path, monkeypatch):
-    net = sparse()
-    folder, asked = save_adapter(net, tmp_path), []
-
-    def download(source, **options):
-        asked.append((source, options))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    fresh = base_of(net)
-    load_adapter(fresh, "someone/adapter", revision="v1")
-    assert_same(net, fresh)
-    assert asked == [
-        ("someone/adapter", {"revision": "v1", "allow_patterns": [CONFIG_NAME, TENSORS_NAME]})
-    ]
 
 
 def test_classifier_names_the_base(tmp_path):

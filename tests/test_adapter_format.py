@@ -1,11 +1,14 @@
 """What is wrong with an adapter or a model is said before the model is touched."""
 
+import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from adapters import SITES, Net, assert_same, base_of, edit, sparse
+from adapters import SITES, Net, assert_same, base_of, edit, exact, sparse
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +21,8 @@ from lightning_meansparse.surgery import (
     operators,
     sparsify_,
 )
+
+PIXELS = {"mean": [0.5], "std": [0.25], "bgr": False, "input_size": [1, 8, 8]}
 
 # ------------------------------------------------------------------------------- what is not sound
 
@@ -73,7 +78,7 @@ def test_sparsified_model_and_lacking_sites(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda c: c.update(format_version=2), "Upgrade"),
+        (lambda c: c.update(format_version=3), r"format_version is 3.*up to 2. Upgrade"),
         (lambda c: c.update(format_version="1"), "format_version"),
         (lambda c: c.update(format_version=True), "format_version"),
         (lambda c: c.pop("format_version"), "format_version"),
@@ -88,12 +93,22 @@ def test_sparsified_model_and_lacking_sites(tmp_path):
         (lambda c: c["sites"][0].update(shape=[-4, 1, 1]), "shape"),
         (lambda c: c["sites"][0].update(alpha=-0.1), "alpha"),
         (lambda c: c["sites"][0].update(alpha="0.1"), "alpha"),
+        (lambda c: c["sites"][0].update(alpha=10**400), "alpha"),
+        (lambda c: c["sites"][0].update(axis=[-1]), r"axis must be \[-3\]"),
+        (lambda c: c["sites"][1].update(site="../act2@in"), "missing ../act2@in"),
         (lambda c: c["sites"].__setitem__(0, None), r"sites\[0\]"),
         (lambda c: c.update(center="median"), "center"),
         (lambda c: c.update(statistics=None), "statistics"),
         (lambda c: c.update(base=None), "base"),
         (lambda c: c["base"].update(fingerprint={}), "another base"),
         (lambda c: c["base"].update(source=1), "source"),
+        (lambda c: c["base"].update(options=[]), "options"),
+        (lambda c: c["base"].update(pixels={}), "mean must be 1 to 4 numbers"),
+        (lambda c: c["base"].update(pixels=PIXELS | {"std": [10**400]}), "std must be finite"),
+        (lambda c: c["base"].update(pixels=PIXELS | {"bgr": 1}), "bgr"),
+        (lambda c: c["base"].update(pixels=PIXELS | {"input_size": [3]}), "input_size"),
+        (lambda c: c.update(versions=["1"]), "versions"),
+        (lambda c: c["versions"].update(torch=2), "versions"),
         (lambda c: c.update(calibration=[]), "calibration"),
         (lambda c: c.update(evaluation={"n": 1}), "evaluation lacks"),
         (lambda c: c.update(tensors_sha256="0"), "do not belong together"),
@@ -116,8 +131,15 @@ def test_bad_configs(tmp_path, change, match):
         (lambda t: t.update(extra=torch.ones(1)), "too many extra"),
         (lambda t: t.update({"act1@in.mean": torch.ones(4)}), "shape"),
         (lambda t: t.update({"act1@in.mean": torch.ones(4, 1, 1).half()}), "float32"),
-        (lambda t: t["act1@in.mean"].fill_(torch.nan), "finite"),
-        (lambda t: t["act1@in.var"].fill_(-1), "not negative"),
+        (lambda t: t.pop("act1@in.count"), "missing act1@in.count"),
+        (lambda t: t.update({"act1@in.m2": torch.ones(4, 1, 1)}), "float64"),
+        (lambda t: t.update({"act1@in.count": torch.ones(4).long()}), "shape"),
+        (lambda t: t["act1@in.mean"].fill_(torch.nan), "mean must be finite"),
+        (lambda t: t["act1@in.mean"][2].fill_(-torch.inf), "mean must be finite"),
+        (lambda t: t["act1@in.m2"].fill_(torch.inf), "m2 must be finite"),
+        (lambda t: t["act1@in.m2"][1].fill_(-1e-9), "not negative"),
+        (lambda t: t["act1@in.m2"].fill_(1e300), "finite in float32"),
+        (lambda t: t["act1@in.count"].fill_(-1), "count must be finite and not negative"),
     ],
 )
 def test_bad_tensors(tmp_path, change, match):
@@ -133,7 +155,20 @@ def test_bad_tensors(tmp_path, change, match):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "null", '{"format_version": NaN}', "[" * 100_000, "\xff"]
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        '{"format_version": NaN}',
+        '{"format_version": 1, "sites": [], "sites": []}',
+        '{"a": [{"b": 1, "b": 1}]}',
+        '{"format_version": 1e999}',
+        "[" * 100_000,
+        "9" * 5000,
+        "\xff",
+    ],
 )
 def test_broken_json(tmp_path, text):
     folder = save_adapter(sparse(), tmp_path)
@@ -147,6 +182,11 @@ def test_broken_missing_and_huge_files(tmp_path, monkeypatch):
     (folder / TENSORS_NAME).write_bytes(b"pickle?")
     with pytest.raises(ValueError, match="not a valid safetensors file"):
         read_adapter(folder)
+    for legacy in (True, False):
+        tensors = {"act1@in.mean": torch.ones(4, 1, 1)}
+        torch.save(tensors, folder / TENSORS_NAME, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(ValueError, match=r"is a pickle.*not opened"):
+            read_adapter(folder)
     (folder / TENSORS_NAME).unlink()
     os.mkfifo(folder / TENSORS_NAME)
     with pytest.raises(FileNotFoundError, match=TENSORS_NAME):
@@ -169,11 +209,82 @@ def test_symlinks_as_in_the_hubs_cache_are_followed(tmp_path):
     assert_same(net, fresh)
 
 
-def test_what_a_newer_version_added_is_dropped_and_named(tmp_path):
+def test_truncated_files_anywhere(tmp_path):
+    folder = save_adapter(sparse(), tmp_path)
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        whole = (folder / name).read_bytes()
+        for size in range(0, len(whole) - 1, 37):
+            (folder / name).write_bytes(whole[:size])
+            with pytest.raises(ValueError, match=name):
+                read_adapter(folder)
+        (folder / name).write_bytes(whole)
+    read_adapter(folder)
+
+
+def test_what_a_newer_version_added_is_named_and_kept(tmp_path):
     net = sparse()
     folder = save_adapter(net, tmp_path)
-    edit(folder, lambda c: (c.update(licence="MIT"), c["sites"][1].update(gain=0.1)))
+    edit(
+        folder,
+        lambda c: (
+            c.update(licence="MIT"),
+            c["sites"][1].update(gain=0.1),
+            c["base"].update(size=[1, {"a": None}]),
+        ),
+    )
     fresh = base_of(net)
-    with pytest.warns(UserWarning, match=re.escape("licence, sites[1].gain")):
+    named = re.escape("licence, sites[1].gain, base.size")
+    with pytest.warns(UserWarning, match=named):
         load_adapter(fresh, folder)
     assert_same(net, fresh)
+    again = save_adapter(fresh, tmp_path / "again")
+    config = json.loads((again / CONFIG_NAME).read_text())
+    assert (config["licence"], config["sites"][1]["gain"]) == ("MIT", 0.1)
+    assert config["base"]["size"] == [1, {"a": None}]
+    with pytest.warns(UserWarning, match=named):
+        read_adapter(again)
+
+
+# ------------------------------------------------------------------------ the promise to version 1
+
+
+def test_version_1_is_read_for_ever(tmp_path):
+    """The files were written by version 0.1.0; their base has the same weights on every machine."""
+    old = Path(__file__).parent / "adapter_format_1"
+    net, images = exact()
+    adapter = load_adapter(net, old)
+    assert (adapter.source, adapter.revision) == ("org/net", "abc")
+    assert adapter.calibration == {"dataset": "noise", "split": "train", "images": 16}
+    assert adapter.versions == {"lightning_meansparse": "0.1.0"}
+    assert adapter.alphas == (0.2, 0.12345679)
+    stored = load_file(old / TENSORS_NAME)
+    for name, op in operators(net).items():
+        assert torch.equal(op.mean, stored[f"{name}.mean"])
+        assert torch.equal(op.var, stored[f"{name}.var"])
+        assert op.count == 0  # not known
+    again = save_adapter(net, tmp_path)
+    assert json.loads((again / CONFIG_NAME).read_text())["format_version"] == 2
+    fresh, _ = exact()
+    load_adapter(fresh, again)
+    assert torch.equal(fresh(images), net(images))
+    measured, _ = exact()
+    sparsify_(measured, adapter.sites)
+    calibrate_(measured, [images])
+    for name, op in operators(measured).items():
+        assert torch.allclose(op.var, stored[f"{name}.var"], rtol=1e-5)
+
+
+def test_adapters_in_the_documentation_are_read():
+    found = list((Path(__file__).parent.parent / "docs" / "records").rglob(CONFIG_NAME))
+    assert found
+    for path in found:
+        assert read_adapter(path.parent).sites
+
+
+def test_version_1_does_not_have_the_keys_of_version_2(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(Path(__file__).parent / "adapter_format_1", folder)
+    edit(folder, lambda c: (c["base"].update(options={"num_classes": 3}), c.update(versions=1)))
+    with pytest.warns(UserWarning, match=r"versions, base\.options"):
+        adapter = read_adapter(folder)
+    assert adapter.options is None

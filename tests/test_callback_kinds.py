@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from lightning_meansparse.adapter import load_adapter, read_adapter
-from lightning_meansparse.adapter.files import describe, insert
+from lightning_meansparse.adapter.models import describe, insert
 from lightning_meansparse.callback import MeanSparseCallback
 from lightning_meansparse.surgery import operators
 

@@ -122,26 +122,51 @@ class Fingerprint:
         return next(iter(self.hashes.values()), "none")[:12]
 
 
-def mark_measured(model: nn.Module, statistics: Statistics) -> None:
+@dataclass(frozen=True)
+class Note:
+    """What a model remembers of its statistics.
+
+    Args:
+        fingerprint: The weights that they were measured on.
+        hash: Of the statistics, see `statistics_hash`: with others in place the note is void.
+        statistics: How they were averaged.
+        facts: What the adapter that they came from says about them and its base.
+    """
+
+    fingerprint: Fingerprint
+    hash: str
+    statistics: Statistics
+    facts: Mapping[str, Any]
+
+
+def mark_measured(
+    model: nn.Module, statistics: Statistics, facts: Mapping[str, Any] | None = None
+) -> None:
     """Note in the model that its statistics were measured on its weights, and how averaged."""
     module = scope(model)
-    vars(module)[_MARK] = (Fingerprint.of(module), statistics_hash(module), statistics)
+    note = Note(Fingerprint.of(module), statistics_hash(module), statistics, facts or {})
+    vars(module)[_MARK] = note
+
+
+def noted(model: nn.Module) -> Note | None:
+    """What was noted of the statistics that the model has; None if nothing was of these."""
+    module = scope(model)
+    note: Note | None = vars(module).get(_MARK)
+    return note if note is not None and note.hash == statistics_hash(module) else None
 
 
 def noted_statistics(model: nn.Module) -> Statistics | None:
     """How the model's statistics were averaged; None if nobody noted it of these."""
-    module = scope(model)
-    mark: tuple[Fingerprint, str, Statistics] | None = vars(module).get(_MARK)
-    return mark[2] if mark is not None and mark[1] == statistics_hash(module) else None
+    note = noted(model)
+    return None if note is None else note.statistics
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """The fingerprint of the module that an adapter describes, from the note if that holds."""
-    module = scope(model)
-    if provenance(model) == "fresh":
-        noted: Fingerprint = vars(module)[_MARK][0]
-        if noted.dtype == _widest(module):
-            return noted
+    module, note = scope(model), noted(model)
+    same = note is not None and note.fingerprint.dtype == _widest(module)
+    if note is not None and same and note.fingerprint.matches(module):
+        return note.fingerprint
     return Fingerprint.of(module)
 
 
@@ -151,11 +176,10 @@ def provenance(model: nn.Module) -> Provenance:
     ``"unknown"`` when nobody noted it, or the statistics were replaced since: then whoever put them
     there knows.
     """
-    module = scope(model)
-    mark: tuple[Fingerprint, str, Statistics] | None = vars(module).get(_MARK)
-    if mark is None or mark[1] != statistics_hash(module):
+    note = noted(model)
+    if note is None:
         return "unknown"
-    return "fresh" if mark[0].matches(module) else "stale"
+    return "fresh" if note.fingerprint.matches(scope(model)) else "stale"
 
 
 def statistics_hash(model: nn.Module) -> str:
@@ -171,7 +195,7 @@ def statistics_hash(model: nn.Module) -> str:
 def public_name(base: str) -> str:
     """The name of a base without the folders around it, which mean nothing to anyone else."""
     library, _, name = base.partition("/")
-    if library not in ("timm", "torchvision", "hf"):
+    if library not in ("timm", "torchvision", "hf", "meansparse"):
         name = base
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     names_a_folder = name.startswith(("local-dir:", ".", "~")) or folder.is_absolute()

@@ -24,8 +24,9 @@ from torch import nn
 
 from lightning_meansparse.adapter import save_adapter
 from lightning_meansparse.adapter.base import mark_measured, provenance
-from lightning_meansparse.adapter.files import describe, from_checkpoint, insert
+from lightning_meansparse.adapter.files import from_checkpoint
 from lightning_meansparse.adapter.format import Adapter
+from lightning_meansparse.adapter.models import describe, insert
 from lightning_meansparse.callback.batches import (
     CalibrationData,
     Counted,

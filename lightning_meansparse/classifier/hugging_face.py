@@ -49,7 +49,8 @@ def load_transformers(
         name, revision=revision, trust_remote_code=False
     )
     _require_images(transformers, name, config)
-    commit = getattr(config, "_commit_hash", None)
+    # What comes next is taken from the same commit, whatever happens to the branch meanwhile.
+    revision = getattr(config, "_commit_hash", None) or revision
     fields = {key: value for key, value in options.items() if value is not None}
     channels = fields.pop("in_chans", None)
     classes = fields.pop("num_classes", None)
@@ -87,7 +88,7 @@ def load_transformers(
         source,
         label_names(config.id2label, int(config.num_labels)),
         bool(pixels and pixels.bgr and channels == stored),
-        commit or revision,
+        revision,
     )
 
 

@@ -21,6 +21,7 @@ from lightning_meansparse.classifier.loaded import (
     WEIGHTS,
     Loaded,
     Options,
+    fetched_commit,
     for_channels,
     label_names,
     refuse_weights,
@@ -106,7 +107,16 @@ def load_timm(name: str, *, pretrained: bool, revision: str | None, options: Opt
         {"source": f"timm/{stored['architecture']}", "options": rebuild},
         f"timm's {numbers} of {names}",
         _timm_labels(known, classes),
+        revision=_timm_commit(known, revision) if pretrained and source != "local-dir" else None,
     )
+
+
+def _timm_commit(config: Mapping[str, Any], revision: str | None) -> str | None:
+    """The commit of weights from the Hub; None of those from elsewhere."""
+    hub_id, _, named = str(config.get("hf_hub_id") or "").partition("@")
+    if hub_id.endswith("/"):  # timm's own, which are called as the weights are
+        hub_id += ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
+    return fetched_commit(hub_id, named or revision) if hub_id else None
 
 
 def _timm_labels(config: Mapping[str, Any], classes: int) -> tuple[str, ...] | None:
@@ -187,6 +197,7 @@ def load_torchvision(name: str, *, pretrained: bool, options: Options) -> Loaded
         {"source": f"torchvision/{name}", "options": {**options, "num_classes": classes, **flags}},
         f"transforms of torchvision's {weights}",
         label_names(weights.meta["categories"], classes),
+        revision=None if chosen is None else weights.name,
     )
 
 

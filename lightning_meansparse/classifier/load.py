@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 _PREFIXES = (
     "'timm/resnet18', 'torchvision/resnet18', 'hf/organisation/name' for transformers models on "
-    "the Hub, 'timm/hf-hub:organisation/name' for timm models there, or a folder"
+    "the Hub, 'timm/hf-hub:organisation/name' for timm models there, "
+    "'meansparse/organisation/name' for an adapter there, or a folder"
 )
 
 
@@ -46,9 +48,12 @@ def load_classifier(
     keeps its own.
 
     Args:
-        name_or_module: `"timm/NAME"`, `"torchvision/NAME"`, `"hf/ORGANISATION/NAME"`; a folder
-            written by `save_classifier`, timm or transformers; a module, whose input is then pixels
-            normalised by `mean` and `std`; or a Classifier, which is returned as it is.
+        name_or_module: `"timm/NAME"`, `"torchvision/NAME"`, `"hf/ORGANISATION/NAME"`;
+            `"meansparse/ORGANISATION/NAME"` for what this package put there: an adapter, whose base
+            is fetched at its recorded commit, checked and sparsified, or a classifier; a folder
+            written by `save_adapter`, `save_classifier`, timm or transformers; a module, whose
+            input is then pixels normalised by `mean` and `std`; or a Classifier, which is returned
+            as it is.
         pretrained: Load weights. False gives the architecture with random weights.
         num_classes: Number of classes; other than the weights' gets a new, random head (timm, hf).
         in_chans: Channels of the images, where the library can adapt them.
@@ -108,6 +113,16 @@ def load_classifier(
             f"name_or_module must be {_PREFIXES}, a module or a Classifier, "
             f"got {type(name_or_module).__name__}"
         )
+    if _names_adapter(name_or_module):
+        shape = {"mean": mean, "std": std, "input_size": input_size}
+        given |= {key: value for key, value in shape.items() if value is not None}
+        given |= {} if pretrained else {"pretrained": False}
+        given.pop("revision", None)
+        _refuse(given, "an adapter says how its base is loaded")
+        # The adapter's room is built upon this one, so it is asked for by its name.
+        door = import_module("lightning_meansparse.adapter")
+        sparsified: Classifier = door.load_published(str(name_or_module), revision=revision)
+        return _told(sparsified)
     if not pretrained and revision is not None:
         raise ValueError(f"revision={revision!r} chooses weights, but pretrained=False loads none")
     library, _, model_name = str(name_or_module).partition("/")
@@ -142,10 +157,25 @@ def load_classifier(
         input_size=found.input_size if input_size is None else input_size,
         source=str(name_or_module),
         revision=found.revision,
+        options=None if isinstance(found, Classifier) else _plain(construction),
         origin=found.origin,
         metrics=found.metrics if isinstance(found, Classifier) else None,
     )
     return _told(classifier.eval())
+
+
+def _names_adapter(name: str | Path) -> bool:
+    if isinstance(name, str) and name.startswith("meansparse/"):
+        return True
+    folder = Path(name).expanduser()
+    return folder.is_dir() and (folder / "meansparse_config.json").is_file()
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any] | None:
+    """The options that a file can hold; None if there are others. Weights go by `revision`."""
+    kept = {k: v for k, v in options.items() if v is not None and k != "weights"}
+    plain = all(isinstance(v, str | int | float | bool) for v in kept.values())
+    return kept if plain else None
 
 
 def _told(classifier: Classifier) -> Classifier:

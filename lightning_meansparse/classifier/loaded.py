@@ -29,7 +29,7 @@ class Loaded:
         normalisation: Where mean and std come from.
         labels: Names of the classes that the weights know; None if nothing names them.
         bgr: The model takes blue first.
-        revision: The commit, where known.
+        revision: The commit, where known; of torchvision, the name of the weights.
     """
 
     model: nn.Module
@@ -42,6 +42,17 @@ class Loaded:
     labels: tuple[str, ...] | None = None
     bgr: bool = False
     revision: str | None = None
+
+
+def fetched_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit whose weights lie in the Hub's cache for a branch, a tag or a commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repo_id, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
 
 
 def for_channels(numbers: Sequence[float], channels: int) -> list[float]:

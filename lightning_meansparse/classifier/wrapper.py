@@ -31,7 +31,8 @@ class Classifier(nn.Module):
         input_size: `(C, H, W)` that the model is meant for; only the channels are checked. None
             takes the model's own `in_chans` if it has one.
         source: What `load_classifier` was given: `"timm/resnet18"`, a folder, …
-        revision: Commit, tag or branch of a Hub model.
+        revision: Commit of a Hub model; of torchvision, the name of the weights.
+        options: What `load_classifier` was given besides, such as `num_classes`; None if not known.
         origin: How `save_classifier` can build the model again; None if it cannot.
         metrics: Anything worth keeping beside the weights, such as the accuracy.
 
@@ -71,6 +72,7 @@ class Classifier(nn.Module):
         input_size: Sequence[int] | None = None,
         source: str | None = None,
         revision: str | None = None,
+        options: Mapping[str, Any] | None = None,
         origin: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class Classifier(nn.Module):
         self.input_size = None if input_size is None else _input_size(input_size)
         self.source = source
         self.revision = revision
+        self.options = None if options is None else dict(options)
         self.origin = None if origin is None else dict(origin)
         self.metrics = dict(metrics or {})
         given = "none" if mean is None and std is None else "given"

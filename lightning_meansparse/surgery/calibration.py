@@ -110,6 +110,7 @@ def calibrate_(
     for name, op in found.items():
         op.mean.copy_(new[name][0])
         op.var.copy_(new[name][1])
+        op.count = moments[name].count
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""From the name of an adapter to the sparsified classifier: its base, checked, and it on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_meansparse.adapter.files import (
+    CONFIG_NAME,
+    HUB_ID,
+    TENSORS_NAME,
+    fetch,
+    read_adapter,
+)
+from lightning_meansparse.adapter.format import Adapter
+from lightning_meansparse.adapter.models import insert
+from lightning_meansparse.classifier import Classifier, load_classifier
+from lightning_meansparse.classifier.folder import is_own
+
+# What an adapter may ask of the libraries. Others of their options would open files, fetch code or
+# kernels; whoever wants those gives them to load_classifier and calls load_adapter.
+_OPTIONS = {"num_classes", "in_chans", "img_size", "image_size"}
+
+
+def load_published(name: str, *, revision: str | None = None) -> Classifier:
+    """Load what this package put on the Hub, or in a folder; see `load_classifier`.
+
+    Args:
+        name: ``"meansparse/org/name"``, or a folder with an adapter.
+        revision: Branch, tag or commit of the adapter.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository, or nothing of ours in it.
+        ConnectionError: If the Hub cannot be reached and the adapter is not in the local cache.
+        ValueError: If the adapter is not sound, does not say where its base is, or what is there
+            has other weights.
+        RuntimeError: If the base cannot be fetched.
+    """
+    place = name.removeprefix("meansparse/")
+    if Path(place).expanduser().is_dir():
+        adapter = read_adapter(place, revision=revision)
+    else:
+        folder = fetch(place, revision, (CONFIG_NAME, TENSORS_NAME, "config.json"))
+        if not (folder / CONFIG_NAME).is_file():
+            return _whole_classifier(place, folder)
+        adapter = read_adapter(folder)
+    classifier = _base(adapter, name)
+    try:
+        insert(classifier, adapter)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} does not fit {adapter.source}, which it names as its base: {error} If the "
+            "base was trained further, publish it, and save the adapter with base= naming it."
+        ) from error
+    return classifier
+
+
+def base_repository(source: str) -> str | None:
+    """The repository on the Hub that a base's name stands for; None if it is elsewhere."""
+    library, _, name = source.partition("/")
+    if library == "timm":
+        kind, _, name = name.replace("hf_hub:", "hf-hub:").rpartition(":")
+        name = name if kind == "hf-hub" else f"timm/{name}" if not kind else ""
+    elif library not in ("hf", "meansparse"):
+        return None
+    name = name.partition("@")[0]
+    return name if HUB_ID.fullmatch(name) else None
+
+
+def _base(adapter: Adapter, name: str) -> Classifier:
+    """The base at its recorded commit, with the adapter's normalisation."""
+    source, options = adapter.source or "", dict(adapter.options or {})
+    library = source.partition("/")[0]
+    strange = sorted(options.keys() - _OPTIONS)
+    if not (base_repository(source) or library == "torchvision") or strange:
+        says = f"needs {', '.join(strange)}" if strange else f"is called {adapter.source!r}"
+        raise ValueError(
+            f"{name}: its base {says}, which is not fetched for an adapter. Load the base as its "
+            "author says, then use load_adapter(classifier, ...). Authors: save_adapter(..., "
+            "base='timm/hf-hub:org/name') names a base that everybody can fetch."
+        )
+    at: dict[str, Any] = {"revision": adapter.revision}
+    if library == "torchvision":
+        at = {"weights": adapter.revision} if adapter.revision else {}
+    elif adapter.revision:
+        source = source.partition("@")[0]
+    pixels = adapter.pixels
+    if pixels is not None and library != "meansparse":
+        at |= {key: pixels[key] for key in ("mean", "std", "input_size")}
+    classifier = load_classifier(source, **at, **options)
+    if pixels is not None and library != "meansparse":
+        classifier.bgr = pixels["bgr"]
+        classifier.normalisation = f"the adapter {name}"
+    return classifier
+
+
+def _whole_classifier(repo_id: str, folder: Path) -> Classifier:
+    """A folder of `save_classifier` that lies on the Hub; ``folder`` is of the commit."""
+    if not is_own(folder):
+        raise FileNotFoundError(
+            f"{repo_id} holds no {CONFIG_NAME}, so it is no adapter, and no classifier that "
+            "save_classifier wrote either. Models of timm are 'timm/hf-hub:org/name', those of "
+            "transformers 'hf/org/name'."
+        )
+    classifier = load_classifier(fetch(repo_id, folder.name, ("config.json", "model.safetensors")))
+    classifier.source, classifier.revision = f"meansparse/{repo_id}", folder.name
+    return classifier
