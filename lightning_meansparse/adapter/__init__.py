@@ -4,12 +4,13 @@ from lightning_meansparse.adapter.base import base_module
 from lightning_meansparse.adapter.files import read_adapter
 from lightning_meansparse.adapter.format import Adapter
 from lightning_meansparse.adapter.models import load_adapter, save_adapter
-from lightning_meansparse.adapter.published import base_repository, load_published
+from lightning_meansparse.adapter.published import base_repository, is_public, load_published
 
 __all__ = [
     "Adapter",
     "base_module",
     "base_repository",
+    "is_public",
     "load_adapter",
     "load_published",
     "read_adapter",

@@ -56,15 +56,24 @@ def load_published(name: str, *, revision: str | None = None) -> Classifier:
 
 
 def base_repository(source: str) -> str | None:
-    """The repository on the Hub that a base's name stands for; None if it is elsewhere."""
+    """The repository on the Hub that a base's name spells out; None if it does not.
+
+    Examples:
+        >>> base_repository("timm/hf-hub:org/name"), base_repository("timm/resnet18")
+        ('org/name', None)
+    """
     library, _, name = source.partition("/")
     if library == "timm":
-        kind, _, name = name.replace("hf_hub:", "hf-hub:").rpartition(":")
-        name = name if kind == "hf-hub" else f"timm/{name}" if not kind else ""
-    elif library not in ("hf", "meansparse"):
-        return None
+        library, _, name = name.replace("hf_hub:", "hf-hub:").partition(":")
     name = name.partition("@")[0]
-    return name if HUB_ID.fullmatch(name) else None
+    return name if library in ("hf", "hf-hub", "meansparse") and HUB_ID.fullmatch(name) else None
+
+
+def is_public(source: str | None) -> bool:
+    """Whether a base's name means the same to everybody: no folder, and of a library we know."""
+    library, _, name = (source or "").partition("/")
+    named = library in ("timm", "torchvision") and bool(name) and ":" not in name
+    return named or base_repository(source or "") is not None
 
 
 def _base(adapter: Adapter, name: str) -> Classifier:
@@ -72,7 +81,7 @@ def _base(adapter: Adapter, name: str) -> Classifier:
     source, options = adapter.source or "", dict(adapter.options or {})
     library = source.partition("/")[0]
     strange = sorted(options.keys() - _OPTIONS)
-    if not (base_repository(source) or library == "torchvision") or strange:
+    if not is_public(source) or strange:
         says = f"needs {', '.join(strange)}" if strange else f"is called {adapter.source!r}"
         raise ValueError(
             f"{name}: its base {says}, which is not fetched for an adapter. Load the base as its "
