@@ -2,7 +2,9 @@
 
 It keeps repositories, commits, branches and tags in memory and answers what huggingface_hub, timm,
 transformers and datasets ask for, with the Hub's status codes and headers. Every file is a regular
-git blob: LFS and Xet are never used. Faults are switched on by `Hub.fail` and `Hub.cut`.
+git blob: LFS and Xet are never used, which is why ``Dataset.push_to_hub`` does not work here (it
+deletes its files too early); `Hub.commit` puts files in place without a client. Faults are switched
+on by `Hub.fail` and `Hub.cut`.
 """
 
 import base64
@@ -25,7 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub
 import pytest
 import yaml
-from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub import HfApi, constants, file_download, hf_api
 from huggingface_hub.utils import _http as http_utils
 
 TOKEN = "hf_token_of_the_owner"
@@ -551,7 +553,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, name, value)
     if hasattr(constants, "HF_URL_HOSTS"):  # not before huggingface_hub 2
         monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    # Libraries keep clients that they made at import, some of them during a test like this one.
+    default = hf_api.api.endpoint
+
+    def get(api: HfApi) -> str:
+        stored: str = vars(api)["endpoint"]
+        return server.url if stored == default else stored
+
+    def keep(api: HfApi, endpoint: str) -> None:
+        vars(api)["endpoint"] = default if endpoint == server.url else endpoint
+
+    monkeypatch.setattr(HfApi, "endpoint", property(get, keep), raising=False)
     # The clients wait between attempts; here nothing gets better by waiting.
     impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (http_utils, file_download):
