@@ -42,7 +42,7 @@ def load_published(name: str, *, revision: str | None = None) -> Classifier:
     else:
         folder = fetch(place, revision, (CONFIG_NAME, TENSORS_NAME, "config.json"))
         if not (folder / CONFIG_NAME).is_file():
-            return _whole_classifier(place, folder)
+            return _whole_classifier(place, folder.name)
         adapter = read_adapter(folder)
     classifier = _base(adapter, name)
     try:
@@ -88,29 +88,32 @@ def _base(adapter: Adapter, name: str) -> Classifier:
             "author says, then use load_adapter(classifier, ...). Authors: save_adapter(..., "
             "base='timm/hf-hub:org/name') names a base that everybody can fetch."
         )
+    if library == "meansparse":  # never an adapter again
+        return _whole_classifier(source.partition("/")[2], adapter.revision)
     at: dict[str, Any] = {"revision": adapter.revision}
     if library == "torchvision":
         at = {"weights": adapter.revision} if adapter.revision else {}
     elif adapter.revision:
         source = source.partition("@")[0]
     pixels = adapter.pixels
-    if pixels is not None and library != "meansparse":
-        at |= {key: pixels[key] for key in ("mean", "std", "input_size")}
-    classifier = load_classifier(source, **at, **options)
-    if pixels is not None and library != "meansparse":
-        classifier.bgr = pixels["bgr"]
-        classifier.normalisation = f"the adapter {name}"
+    if pixels is None:
+        return load_classifier(source, **at, **options)
+    numbers = {key: pixels[key] for key in ("mean", "std", "input_size")}
+    classifier = load_classifier(source, **at, **numbers, **options)
+    classifier.bgr = pixels["bgr"]
+    classifier.normalisation = f"the adapter {name}"
     return classifier
 
 
-def _whole_classifier(repo_id: str, folder: Path) -> Classifier:
-    """A folder of `save_classifier` that lies on the Hub; ``folder`` is of the commit."""
+def _whole_classifier(repo_id: str, revision: str | None) -> Classifier:
+    """A folder of `save_classifier` that lies on the Hub."""
+    folder = fetch(repo_id, revision, ("config.json", "model.safetensors"))
     if not is_own(folder):
         raise FileNotFoundError(
             f"{repo_id} holds no {CONFIG_NAME}, so it is no adapter, and no classifier that "
             "save_classifier wrote either. Models of timm are 'timm/hf-hub:org/name', those of "
             "transformers 'hf/org/name'."
         )
-    classifier = load_classifier(fetch(repo_id, folder.name, ("config.json", "model.safetensors")))
+    classifier = load_classifier(folder)
     classifier.source, classifier.revision = f"meansparse/{repo_id}", folder.name
     return classifier
