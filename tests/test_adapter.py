@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 from lightning_meansparse.adapter import base_module, load_adapter, read_adapter, save_adapter
 from lightning_meansparse.adapter.base import Fingerprint
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
+from lightning_meansparse.callback.batches import CalibrationData, calibration_facts
 from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.sites import Site
 from lightning_meansparse.surgery import (
     alphas,
@@ -323,3 +326,25 @@ def test_checkpoints_that_are_none(tmp_path):
             ValueError, match=r"x\.ckpt is no checkpoint, or holds more than tensors"
         ):
             read_adapter(path)
+
+
+# ----------------------------------------------------------------------- facts about calibration
+
+
+def facts_of(datamodule, origin="ImageDataModule.calibration_dataloader()"):
+    data = CalibrationData(origin, list, list)
+    return calibration_facts(data, SimpleNamespace(datamodule=datamodule), 7)
+
+
+def test_facts_name_the_data_set_with_its_revision_and_split(tmp_path):
+    measured = {"data": "ImageDataModule.calibration_dataloader()", "images": 7}
+    on_hub = ImageDataModule("org/name", config_name="a", revision="v1", train_split="training")
+    named = {"dataset": "org/name", "name": "a", "revision": "v1", "split": "training"}
+    assert facts_of(on_hub) == {**measured, **named}
+    in_folder = ImageDataModule(tmp_path / "mine")
+    assert facts_of(in_folder) == {**measured, "dataset": "mine", "split": "train"}
+    in_memory = ImageDataModule({"train": (torch.rand(2, 1, 4, 4), torch.zeros(2).long())})
+    assert facts_of(in_memory) == measured
+    elsewhere = {"data": "dataloader=", "images": 7}
+    assert facts_of(on_hub, "dataloader=") == elsewhere
+    assert facts_of(None, "dataloader=") == elsewhere

@@ -209,13 +209,14 @@ def _about(
     if classifier is not None:
         about |= _of_classifier(classifier)
     note, unknown = noted(model), {}
-    if note is not None and note.facts:
-        came = {key: note.facts[key] for key in _LASTING}
+    if note is not None:
+        came = {key: note.facts.get(key) for key in _LASTING}
         if came["source"] is None:  # then nothing is known of how to get it either
             came = {key: value for key, value in came.items() if value is not None}
         about |= came
-        same = note.facts["sites"] == tuple(operators(scope(model)))
-        unknown = {k: v for k, v in note.facts["unknown"].items() if same or k[0] != "sites"}
+        same = note.facts.get("sites") == tuple(operators(scope(model)))
+        kept = note.facts.get("unknown", {})
+        unknown = {path: value for path, value in kept.items() if same or path[0] != "sites"}
     if base is not None and base != about["source"]:
         about |= {"source": base, "revision": None, "options": {}}
     if revision is not None:

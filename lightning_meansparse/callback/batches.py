@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -40,6 +41,18 @@ _ASK = (
     "Pass MeanSparseCallback(dataloader=...): a DataLoader (or a function that makes one) over the "
     "training images without augmentation."
 )
+
+
+class Ranks(Protocol):
+    """How many processes share the data, and which this is; a ``Trainer`` says it."""
+
+    @property
+    def world_size(self) -> int:
+        """How many."""
+
+    @property
+    def global_rank(self) -> int:
+        """Which, from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +96,12 @@ def calibration_data(
     """
     if source is not None:
         make = source if callable(source) else lambda: source
-        return _as_given(make, "dataloader=", trainer, max_batches)
+        return given_data(make, "dataloader=", trainer, max_batches)
     datamodule: Any = getattr(trainer, "datamodule", None)
     if callable(getattr(datamodule, "calibration_dataloader", None)):
         origin = f"{type(datamodule).__name__}.calibration_dataloader()"
         loader = _called(trainer, datamodule.calibration_dataloader, origin)
-        return _as_given(lambda: loader, origin, trainer, max_batches)
+        return given_data(lambda: loader, origin, trainer, max_batches)
     loader, origin = fitted, "the training data"
     if loader is None:
         for owner in (datamodule, model):
@@ -102,7 +115,29 @@ def calibration_data(
             f"uncalibrated model would report the base model. {_ASK} Or load_adapter(model, ...) "
             "and leave the callback out; or leave it out to evaluate the base model."
         )
-    return _training_data(_only_one(loader), origin, trainer, max_batches)
+    return training_data(_only_one(loader), origin, trainer, max_batches)
+
+
+def calibration_facts(data: CalibrationData, trainer: Trainer, images: int) -> dict[str, Any]:
+    """What an adapter says of the images that its statistics were measured on.
+
+    Where they come from a datamodule that names its data set, as `ImageDataModule` does: data set,
+    configuration, revision and split as well. Of a folder only the last name.
+    """
+    facts: dict[str, Any] = {"data": data.origin, "images": images}
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    dataset = getattr(datamodule, "dataset", None)
+    if isinstance(dataset, str | Path) and data.origin.startswith(type(datamodule).__name__):
+        place = Path(dataset).expanduser()
+        request = getattr(datamodule, "request", None)
+        known = {
+            "dataset": place.name if place.exists() or place.is_absolute() else str(dataset),
+            "name": getattr(request, "config_name", None),
+            "revision": getattr(request, "revision", None),
+            "split": getattr(datamodule, "train_split", None),
+        }
+        facts |= {key: value for key, value in known.items() if isinstance(value, str)}
+    return facts
 
 
 class Counted:
@@ -125,13 +160,13 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _as_given(
-    make: Callable[[], Any], origin: str, trainer: Trainer, max_batches: int | None
+def given_data(
+    make: Callable[[], Any], origin: str, ranks: Ranks, max_batches: int | None
 ) -> CalibrationData:
     """The user's loader: its own order and its own selection; only sharing among ranks is ours."""
     loader = make()
     counted = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    if trainer.world_size == 1:
+    if ranks.world_size == 1:
 
         def example() -> Any:
             part = _loader(loader, _selected(loader)[:2], workers=0) if counted else make()
@@ -142,43 +177,43 @@ def _as_given(
         indices = _selected(loader)
         if max_batches is not None:
             indices = indices[: max_batches * _batch_size(loader)]
-        return _sharded(loader, indices, origin, trainer)
+        return _sharded(loader, indices, origin, ranks)
     if isinstance(loader, Sequence):
-        part = islice(range(len(loader)), trainer.global_rank, max_batches, trainer.world_size)
+        part = islice(range(len(loader)), ranks.global_rank, max_batches, ranks.world_size)
         share = [loader[i] for i in part]
         return CalibrationData(origin, lambda: share, lambda: _first_batch(loader))
     raise TypeError(
-        f"{origin}: {type(loader).__name__} cannot be shared among {trainer.world_size} processes "
+        f"{origin}: {type(loader).__name__} cannot be shared among {ranks.world_size} processes "
         "without repeating samples. Give a DataLoader over a dataset with __len__ and __getitem__."
     )
 
 
-def _training_data(
-    loader: Any, origin: str, trainer: Trainer, max_batches: int | None
+def training_data(
+    loader: Any, origin: str, ranks: Ranks, max_batches: int | None
 ) -> CalibrationData:
     """The training loader's dataset, in its own order, unshuffled."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         endless = isinstance(loader, DataLoader) and max_batches is None
-        if endless or isinstance(loader, Iterator) or trainer.world_size > 1:
+        if endless or isinstance(loader, Iterator) or ranks.world_size > 1:
             what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
             raise TypeError(
                 f"{origin} is {what}, which has no fixed samples to go through once. {_ASK} In a "
                 "single process max_batches=... bounds an iterable dataset as well."
             )
-        return _as_given(lambda: loader, origin, trainer, max_batches)
+        return given_data(lambda: loader, origin, ranks, max_batches)
     indices = _selected(loader)
     if max_batches is not None:
         # Evenly spread: the head of a class-sorted data set would be all one class.
         n, keep = len(indices), min(len(indices), max_batches * _batch_size(loader))
         indices = [indices[i * n // keep] for i in range(keep)]
     _warn_if_augmented(loader, indices, origin)
-    return _sharded(loader, indices, origin, trainer)
+    return _sharded(loader, indices, origin, ranks)
 
 
 def _sharded(
-    loader: DataLoader[Any], indices: list[int], origin: str, trainer: Trainer
+    loader: DataLoader[Any], indices: list[int], origin: str, ranks: Ranks
 ) -> CalibrationData:
-    share = indices[trainer.global_rank :: trainer.world_size]
+    share = indices[ranks.global_rank :: ranks.world_size]
     return CalibrationData(
         f"{origin}, {len(indices):,} samples",
         lambda: _loader(loader, share, workers=loader.num_workers),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,12 +32,13 @@ from lightning_meansparse.callback.batches import (
     Counted,
     Source,
     calibration_data,
+    calibration_facts,
     to_device,
 )
-from lightning_meansparse.layer import Center, check_alpha, check_center
+from lightning_meansparse.callback.options import Where, check_globs, check_options
+from lightning_meansparse.layer import Center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
-from lightning_meansparse.sites.record import match
 from lightning_meansparse.surgery import (
     alphas,
     calibrate_,
@@ -51,8 +52,6 @@ from lightning_meansparse.surgery import (
 logger = logging.getLogger(__name__)
 
 _TRAINED = "Training itself has finished: the model holds the trained weights."
-
-Where = str | Sequence[str] | Callable[[Site], bool]
 
 
 class MeanSparseCallback(Callback):
@@ -119,22 +118,7 @@ class MeanSparseCallback(Callback):
         strict: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(alpha, Mapping) and not alpha:
-            raise ValueError("alpha must be a number or {glob: number}, got {}: nothing to set.")
-        for value in alpha.values() if isinstance(alpha, Mapping) else (alpha,):
-            check_alpha(value)
-        check_center(center)
-        if statistics not in get_args(Statistics):
-            raise ValueError(
-                f"statistics must be one of {get_args(Statistics)}, got {statistics!r}."
-            )
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches must be None or at least 1, got {max_batches}.")
-        if isinstance(dataloader, Iterator):
-            raise TypeError(
-                f"dataloader: a {type(dataloader).__name__} can be read only once, and calibration "
-                "may have to run again. Pass a DataLoader, a list of batches, or a function."
-            )
+        check_options(alpha, center, statistics, max_batches, dataloader)
         self.alpha = alpha
         self.where = where
         self.dataloader = dataloader
@@ -197,9 +181,7 @@ class MeanSparseCallback(Callback):
         self._remember(trainer, pl_module)
         with self._neutral(trainer, pl_module):
             sites = self._find_sites(trainer, pl_module, self._data(trainer, pl_module))
-        for glob in self.alpha if isinstance(self.alpha, Mapping) else ():
-            if not match(glob, map(str, sites)):
-                raise ValueError(f"alpha: {glob!r} matches none of {', '.join(map(str, sites))}.")
+        check_globs(self.alpha, sites)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Insert operators, calibrate, save."""
@@ -324,32 +306,24 @@ class MeanSparseCallback(Callback):
                 counted = Counted(to_device(trainer, batch) for batch in data.batches())
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
-                mark_measured(model, self.statistics)
+                seen = torch.tensor(counted.images, device=trainer.strategy.root_device)
+                images = int(trainer.strategy.reduce(seen, reduce_op="sum"))
+                facts = calibration_facts(data, trainer, images)
+                mark_measured(model, self.statistics, {"calibration": facts})
         except BaseException:
             restore_(model)
             raise
-        images = int(
-            trainer.strategy.reduce(
-                torch.tensor(counted.images, device=trainer.strategy.root_device), reduce_op="sum"
-            )
-        )
-        self._save(trainer, model, {"data": data.origin, "images": images})
+        self._save(trainer, model)
 
     def _set_alpha(self, model: LightningModule, before: Mapping[str, float]) -> None:
         """α as configured; but what was set on these same operators by hand stays."""
         set_alpha(model, before if before.keys() == operators(model).keys() else self.alpha)
 
-    def _save(self, trainer: Trainer, model: LightningModule, facts: dict[str, Any]) -> None:
+    def _save(self, trainer: Trainer, model: LightningModule) -> None:
         if self.save_to is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.is_global_zero:
-            save_adapter(
-                model,
-                self.save_to,
-                base=self.base,
-                statistics=self.statistics,
-                calibration=facts,
-            )
+            save_adapter(model, self.save_to, base=self.base, statistics=self.statistics)
             rank_zero_info(f"MeanSparse: adapter written to {self.save_to}")
         trainer.strategy.barrier("meansparse_adapter")
 

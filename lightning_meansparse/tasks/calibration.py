@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_meansparse.adapter import load_adapter
 from lightning_meansparse.adapter.base import mark_measured, provenance
-from lightning_meansparse.callback.batches import Counted, calibration_data
+from lightning_meansparse.callback.batches import Counted, calibration_data, calibration_facts
 from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
@@ -80,9 +80,10 @@ def calibrated(sweep: AlphaSweep, measured: Path | None) -> dict[str, Any] | Non
     except BaseException:
         restore_(classifier)  # operators without statistics would pass for a sparsified model
         raise
-    mark_measured(classifier, sweep.statistics)
     images_seen = summed(torch.tensor(counted.images), sweep.device)
-    return {"data": data.origin, "images": int(images_seen)}
+    known = calibration_facts(data, sweep.trainer, int(images_seen))
+    mark_measured(classifier, sweep.statistics, {"calibration": known})
+    return known
 
 
 def _sites(
