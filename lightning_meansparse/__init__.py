@@ -9,6 +9,8 @@ model need not wait for them.
 
 from typing import TYPE_CHECKING
 
+from lightning_meansparse.hugging_face import registration
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "mean_sparse",
     "restore_",
     "save_adapter",
+    "save_pretrained",
     "set_alpha",
     "sparsify_",
 ]
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.callback import MeanSparseCallback
     from lightning_meansparse.classifier import load_classifier
     from lightning_meansparse.data import ImageDataModule
+    from lightning_meansparse.hugging_face import save_pretrained
     from lightning_meansparse.layer import MeanSparse, mean_sparse
     from lightning_meansparse.metrics import RobustAccuracy
     from lightning_meansparse.robustbench import import_robustbench
@@ -57,6 +61,7 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         "callback": ("MeanSparseCallback",),
         "classifier": ("load_classifier",),
         "data": ("ImageDataModule",),
+        "hugging_face": ("save_pretrained",),
         "layer": ("MeanSparse", "mean_sparse"),
         "metrics": ("RobustAccuracy",),
         "robustbench": ("import_robustbench",),
@@ -77,3 +82,6 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
     def __dir__() -> list[str]:
         """Name what has not been imported yet as well, for completion."""
         return sorted({*globals(), *__all__})
+
+
+registration.register()

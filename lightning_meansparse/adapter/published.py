@@ -15,7 +15,8 @@ from lightning_meansparse.adapter.files import (
 from lightning_meansparse.adapter.format import Adapter
 from lightning_meansparse.adapter.models import insert
 from lightning_meansparse.classifier import Classifier, load_classifier
-from lightning_meansparse.classifier.folder import is_own
+from lightning_meansparse.classifier.folder import FORMAT, is_own, load_folder, read_config
+from lightning_meansparse.surgery import operators
 
 # What an adapter may ask of the libraries. Others of their options would open files, fetch code or
 # kernels; whoever wants those gives them to load_classifier and calls load_adapter.
@@ -37,14 +38,19 @@ def load_published(name: str, *, revision: str | None = None) -> Classifier:
         RuntimeError: If the base cannot be fetched.
     """
     place = name.removeprefix("meansparse/")
-    if Path(place).expanduser().is_dir():
-        adapter = read_adapter(place, revision=revision)
-    else:
+    folder = Path(place).expanduser()
+    local = folder.is_dir()
+    if not local:
         folder = fetch(place, revision, (CONFIG_NAME, TENSORS_NAME, "config.json"))
         if not (folder / CONFIG_NAME).is_file():
             return _whole_classifier(place, folder.name)
-        adapter = read_adapter(folder)
-    classifier = _base(adapter, name)
+    adapter = read_adapter(folder, revision=revision if local else None)
+    if (folder / "config.json").is_file():
+        classifier = _base_beside(folder if local else place, folder, adapter)
+        if operators(classifier):  # transformers has put them in, see hugging_face
+            return classifier
+    else:
+        classifier = _base(adapter, name)
     try:
         insert(classifier, adapter)
     except ValueError as error:
@@ -76,6 +82,20 @@ def is_public(source: str | None) -> bool:
     return named or base_repository(source or "") is not None
 
 
+def _base_beside(place: str | Path, folder: Path, adapter: Adapter) -> Classifier:
+    """The base in the same folder or repository: where that is, and where its files lie here."""
+    config = read_config(folder)
+    if config.get("format") == FORMAT:
+        if place == folder:
+            return load_folder(folder, config)
+        return _whole_classifier(str(place), folder.name)
+    library = "hf/" if "model_type" in config else "timm/"
+    if library == "timm/":
+        library += "local-dir:" if place == folder else "hf-hub:"
+    at: dict[str, Any] = {} if place == folder else {"revision": folder.name}
+    return load_classifier(f"{library}{place}", **at, **_normalisation(adapter))
+
+
 def _base(adapter: Adapter, name: str) -> Classifier:
     """The base at its recorded commit, with the adapter's normalisation."""
     source, options = adapter.source or "", dict(adapter.options or {})
@@ -103,6 +123,11 @@ def _base(adapter: Adapter, name: str) -> Classifier:
     classifier.bgr = pixels["bgr"]
     classifier.normalisation = f"the adapter {name}"
     return classifier
+
+
+def _normalisation(adapter: Adapter) -> dict[str, Any]:
+    known = adapter.pixels or {}
+    return {key: known[key] for key in ("mean", "std", "input_size") if key in known}
 
 
 def _whole_classifier(repo_id: str, revision: str | None) -> Classifier:

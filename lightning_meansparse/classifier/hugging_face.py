@@ -51,6 +51,8 @@ def load_transformers(
     _require_images(transformers, name, config)
     # What comes next is taken from the same commit, whatever happens to the branch meanwhile.
     revision = getattr(config, "_commit_hash", None) or revision
+    # A whole sparsified model has its base's configuration inside its own.
+    whole, config = config, getattr(config, "base_config", config)
     fields = {key: value for key, value in options.items() if value is not None}
     channels = fields.pop("in_chans", None)
     classes = fields.pop("num_classes", None)
@@ -73,7 +75,7 @@ def load_transformers(
     pixels, source = None, ""
     if normalise:
         pixels, source = _pixels(transformers, name, revision, config, stored)
-    model = _model(transformers, name, revision, config, pretrained, classes is not None)
+    model = _model(transformers, name, revision, whole, pretrained, classes is not None)
     side = getattr(config, "image_size", None)
     size: Any = (side, side) if isinstance(side, int) else side
     if pixels and pixels.size and "image_size" not in fields:

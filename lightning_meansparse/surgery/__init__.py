@@ -11,9 +11,15 @@ from lightning_meansparse.surgery.calibration import (
     images_in,
 )
 from lightning_meansparse.surgery.control import alpha_set, alphas, backward_rule, set_alpha
-from lightning_meansparse.surgery.insertion import operators, restore_, sparsify_
+from lightning_meansparse.surgery.insertion import (
+    AFTER_INSERTION,
+    operators,
+    restore_,
+    sparsify_,
+)
 
 __all__ = [
+    "AFTER_INSERTION",
     "IMAGE_KEYS",
     "alpha_set",
     "alphas",

@@ -33,6 +33,9 @@ from lightning_meansparse.sites import Site
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
+AFTER_INSERTION: list[Callable[[nn.Module], None]] = []
+"""Called with a model that has just got operators, by rooms that know another library's models."""
+
 
 def sparsify_(
     model: nn.Module, sites: Iterable[Site], *, alpha: float = 0.0, center: Center = "channel"
@@ -86,6 +89,8 @@ def sparsify_(
         for site, owner in zip(sites, owners, strict=True):
             zeros = torch.zeros(site.shape, device=_device(model, site.module))
             _attach(owner, site, MeanSparse(zeros, zeros, alpha, center=center))
+    for tell in AFTER_INSERTION:
+        tell(model)
 
 
 def restore_(model: nn.Module) -> None:
