@@ -46,6 +46,7 @@ ORDER = [
     "hugging_face",
     "tasks",
     "report",
+    "card",
     "cli",
 ]
 # Installed with an extra, so a file may import them inside functions only.

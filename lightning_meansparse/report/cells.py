@@ -24,7 +24,7 @@ P_NOTE = (
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its head and its texts; ``kind`` is "apparent", "worst", "gain" or ""."""
+    """One column: its head and its texts; ``kind`` is "apparent", "worst", "gain", "text" or ""."""
 
     head: str
     texts: tuple[str, ...]
@@ -108,10 +108,10 @@ def title(sources: Sources) -> str:
     model = sources.metadata.get("model") or sources.adapter.get("base") or "a model"
     data = sources.metadata.get("data")
     name = (data.get("name") if isinstance(data, Mapping) else data) or ""
-    return f"MeanSparse on {_short(model)}" + (f", {_short(name)}" if name else "")
+    return f"MeanSparse on {short(model)}" + (f", {short(name)}" if name else "")
 
 
-def _short(name: object) -> str:
+def short(name: object) -> str:
     """A name as it is; of a local folder the end, as where it lay tells a reader nothing."""
     text = str(name)
     return "/".join(PurePath(text).parts[-2:]) if text.startswith(("/", ".", "~")) else text

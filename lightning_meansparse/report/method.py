@@ -112,7 +112,7 @@ def _lists(sources: Sources) -> list[_Attacks]:
     found: dict[str, _Attacks] = {}
     for split in splits(table):
         for round in rounds(table, split):
-            specs, eps = _recorded(sources.metadata, split, round)
+            specs, eps = recorded(sources.metadata, split, round)
             here = _Attacks(
                 [
                     (step["attack"], step["kind"], specs.get(step["attack"], {}))
@@ -126,7 +126,7 @@ def _lists(sources: Sources) -> list[_Attacks]:
     return list(found.values())
 
 
-def _recorded(metadata: Mapping[str, Any], split: str, round: str) -> tuple[dict[str, Any], Any]:
+def recorded(metadata: Mapping[str, Any], split: str, round: str) -> tuple[dict[str, Any], Any]:
     """The budgets of a round by the attack's name, and its radius."""
     entry: Any = metadata.get("rounds")
     for key in (split, round):

@@ -25,17 +25,17 @@ from lightning_meansparse.report.sources import Sources
 def render_markdown(sources: Sources, findings: Findings) -> str:
     """Returns title, verdict, flags and one table per stage, the reported one first."""
     verdict = " ".join([f"**{findings.headline}**: {findings.sentence}", *findings.notes])
-    parts = [f"# {_plain(title(sources))}", signs(verdict)]
+    parts = [f"# {plain(title(sources))}", signs(verdict)]
     raised = (
-        f"- **{signs(flag_head(flag))}**: {signs(_plain(flag.seen))} See `{flag.read_on}`."
+        f"- **{signs(flag_head(flag))}**: {signs(plain(flag.seen))} See `{flag.read_on}`."
         for flag in findings.raised
     )
     parts += filter(None, ["\n".join(raised), *map(capital, quiet_flags(findings))])
     for stage in findings.in_order:
-        parts.append(f"## {_plain(capital(stage_label(findings, stage)))}")
+        parts.append(f"## {plain(capital(stage_label(findings, stage)))}")
         parts.append(_results(findings, stage))
     if len(findings.in_order) > len(findings.stages):
-        parts += ["## Model evaluations, round by round", _table(*cost_columns(sources.table))]
+        parts += ["## Model evaluations, round by round", table(*cost_columns(sources.table))]
     parts.append(
         "Accuracies in percent, after each attack and all before it; intervals are Wilson 95%; the "
         f"gain is paired with the base model (α = 0) under the same attacks. {P_NOTE} Made by "
@@ -51,27 +51,28 @@ def _results(findings: Findings, stage: Stage) -> str:
         for summary, text in zip(stage, alphas.texts, strict=True)
     )
     columns = [*result_columns(stage), *(attack_columns(stage) if stage[0].robust else [])]
-    return _table(Column(alphas.head, tuple(texts)), *columns)
+    return table(Column(alphas.head, tuple(texts)), *columns)
 
 
-def _table(first: Column, *columns: Column) -> str:
-    """The first column is taken as it is."""
+def table(first: Column, *columns: Column) -> str:
+    """A table in Markdown; the first column is taken as it is."""
     rows = [
-        [first.head, *(_plain(column.head) for column in columns)],
-        ["---:"] * (1 + len(columns)),
+        [first.head, *(plain(column.head) for column in columns)],
+        [":---" if column.kind == "text" else "---:" for column in (first, *columns)],
     ]
     for place, text in enumerate(first.texts):
         texts = (
-            f"**{_plain(column.texts[place])}**"
+            f"**{plain(column.texts[place])}**"
             if column.kind == "worst"
-            else _plain(column.texts[place])
+            else plain(column.texts[place])
             for column in columns
         )
         rows.append([text, *texts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _plain(text: str) -> str:
-    """Keeps names from files from becoming markup: no HTML, no table or emphasis marks."""
-    text = " ".join(text.split())
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+def plain(text: str) -> str:
+    """Keeps names from files from becoming markup: no HTML, table, emphasis, formula or link."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    text = re.sub(r"([\\`*_|<>\[\]~$&@])", r"\\\1", text)
+    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)

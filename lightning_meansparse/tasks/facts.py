@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_meansparse.adapter.base import fingerprint
+from lightning_meansparse.adapter.base import fingerprint, scope, statistics_hash
 from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.records import AlphaSummary, environment, verdict
+from lightning_meansparse.surgery import operators
 from lightning_meansparse.tasks.rounds import Round
 from lightning_meansparse.tasks.samples import Samples, first_samples
 
@@ -114,6 +115,7 @@ def metadata(sweep: AlphaSweep) -> dict[str, Any]:
     reason = {} if sweep.reason is None else {"reason": sweep.reason}
     return {
         "model": about_model(sweep.classifier),
+        "fingerprints": _fingerprints(sweep.classifier),
         "data": about_data(getattr(sweep.trainer, "datamodule", None)),
         **settings(sweep),
         "alphas": list(sweep.alphas),
@@ -127,6 +129,14 @@ def metadata(sweep: AlphaSweep) -> dict[str, Any]:
         **environment(),
         **sweep.notes,
     }
+
+
+def _fingerprints(classifier: Classifier) -> dict[str, str]:
+    """By which a reader of the records knows the base and the adapter that were measured."""
+    known = {"weights": fingerprint(classifier).hashes["float32"][:_DIGITS]}
+    if operators(classifier):
+        known["statistics"] = statistics_hash(scope(classifier))[:_DIGITS]
+    return known
 
 
 def about_rounds(sweep: AlphaSweep, rounds: Sequence[Round]) -> dict[str, Any]:
