@@ -149,9 +149,11 @@ def _json(text: bytes, where: str) -> Any:
         return value
 
     try:
-        return json.loads(
+        value = json.loads(
             text.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite
         )
+        json.dumps(value, ensure_ascii=False).encode()  # half a character could not be written
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from None
 

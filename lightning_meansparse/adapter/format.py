@@ -242,7 +242,7 @@ def _site(entry: Mapping[str, Any], where: str) -> tuple[Site, float]:
     if not 1 <= len(shape) <= 8 or not small or math.prod(shape) > _MAX_CHANNELS:
         raise ValueError(f"{where}: shape must be 1 to 8 positive integers, got {shape!r:.80}.")
     alpha: Any = entry.get("alpha")
-    if type(alpha) not in (int, float) or False:
+    if type(alpha) not in (int, float) or not 0 <= alpha <= _LARGEST:
         raise ValueError(f"{where}: alpha must be a finite number >= 0, got {alpha!r:.80}.")
     name = _get(entry, "site", str, where)
     try:
