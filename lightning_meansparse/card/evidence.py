@@ -91,9 +91,10 @@ def read_evidence(adapter: Adapter, records: str | os.PathLike[str]) -> Evidence
             "that robustness was not evaluated."
         )
     if matching[0] != findings.chosen:
-        doubts.append(
+        doubts.insert(
+            0,
             f"The sweep chose alpha = {findings.chosen:g}; this adapter has alpha = {alpha:g}, "
-            "which the numbers are about."
+            "which the numbers are about.",
         )
         # How another alpha was chosen is no story of this one.
         metadata = {k: v for k, v in sources.metadata.items() if k != "select"}

@@ -157,8 +157,8 @@ def _not_evaluated(adapter: Adapter) -> Iterable[str]:
 
 def _evaluated(evidence: Evidence) -> Iterable[str]:
     findings, judged = evidence.findings, evidence.judged
-    notes = [findings.sentence, *findings.notes, *evidence.doubts]
-    yield f"**{findings.headline}.** {' '.join(plain(signs(capital(note))) for note in notes)}"
+    notes = [findings.sentence, *evidence.doubts, *findings.notes]
+    yield f"**{findings.headline}.** {' '.join(plain(capital(signs(note))) for note in notes)}"
     rows = list({summary.alpha: summary for summary in (evidence.base, judged)}.values())
     who = ["base model (α = 0)", *([f"**this model (α = {judged.alpha:g})**"] * (len(rows) - 1))]
     if judged.alpha == 0:
