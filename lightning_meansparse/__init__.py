@@ -9,7 +9,7 @@ model need not wait for them.
 
 from typing import TYPE_CHECKING
 
-from lightning_meansparse.hugging_face import registration
+from lightning_meansparse.hugging_face import registration as _registration
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "backward_rule",
     "calibrate_",
+    "export",
     "find_sites",
     "import_robustbench",
     "load_adapter",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.callback import MeanSparseCallback
     from lightning_meansparse.classifier import load_classifier
     from lightning_meansparse.data import ImageDataModule
+    from lightning_meansparse.deployment import export
     from lightning_meansparse.hugging_face import save_pretrained
     from lightning_meansparse.layer import MeanSparse, mean_sparse
     from lightning_meansparse.metrics import RobustAccuracy
@@ -61,6 +63,7 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         "callback": ("MeanSparseCallback",),
         "classifier": ("load_classifier",),
         "data": ("ImageDataModule",),
+        "deployment": ("export",),
         "hugging_face": ("save_pretrained",),
         "layer": ("MeanSparse", "mean_sparse"),
         "metrics": ("RobustAccuracy",),
@@ -84,4 +87,4 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         return sorted({*globals(), *__all__})
 
 
-registration.register()
+_registration.register()

@@ -59,6 +59,12 @@ COMMANDS: dict[str, Command] = {
         "meansparse sweep --config recipes/fashion_mnist_sweep.yaml",
         "lightning_meansparse.cli.sweep",
     ),
+    "export": Command(
+        "Write a sparsified classifier as one file that runs without this package: ONNX, or a "
+        "program of torch.export. Pixels in [0, 1] go in, logits come out.",
+        "meansparse export meansparse/org/name --output model.onnx",
+        "lightning_meansparse.cli.export",
+    ),
     "report": Command(
         "Make the report anew from the records of a sweep.",
         "meansparse report my_first_sweep",
