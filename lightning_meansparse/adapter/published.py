@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def load_published(name: str, *, revision: str | None = None) -> Classifier:
             return _whole_classifier(place, folder.name)
     adapter = read_adapter(folder, revision=revision if local else None)
     if (folder / "config.json").is_file():
-        classifier = _base_beside(folder if local else place, folder, adapter)
+        classifier = _base_beside(folder if local else place, folder, adapter, name)
         if operators(classifier):  # transformers has put them in, see hugging_face
             return classifier
     else:
@@ -82,7 +83,7 @@ def is_public(source: str | None) -> bool:
     return named or base_repository(source or "") is not None
 
 
-def _base_beside(place: str | Path, folder: Path, adapter: Adapter) -> Classifier:
+def _base_beside(place: str | Path, folder: Path, adapter: Adapter, name: str) -> Classifier:
     """The base in the same folder or repository: where that is, and where its files lie here."""
     config = read_config(folder)
     if config.get("format") == FORMAT:
@@ -93,7 +94,7 @@ def _base_beside(place: str | Path, folder: Path, adapter: Adapter) -> Classifie
     if library == "timm/":
         library += "local-dir:" if place == folder else "hf-hub:"
     at: dict[str, Any] = {} if place == folder else {"revision": folder.name}
-    return load_classifier(f"{library}{place}", **at, **_normalisation(adapter))
+    return _load(f"{library}{place}", adapter, name, at)
 
 
 def _base(adapter: Adapter, name: str) -> Classifier:
@@ -115,19 +116,19 @@ def _base(adapter: Adapter, name: str) -> Classifier:
         at = {"weights": adapter.revision} if adapter.revision else {}
     elif adapter.revision:
         source = source.partition("@")[0]
+    return _load(source, adapter, name, {**at, **options})
+
+
+def _load(source: str, adapter: Adapter, name: str, options: Mapping[str, Any]) -> Classifier:
+    """A base from its library, with the normalisation that the statistics were measured with."""
     pixels = adapter.pixels
     if pixels is None:
-        return load_classifier(source, **at, **options)
+        return load_classifier(source, **options)
     numbers = {key: pixels[key] for key in ("mean", "std", "input_size")}
-    classifier = load_classifier(source, **at, **numbers, **options)
+    classifier = load_classifier(source, **numbers, **options)
     classifier.bgr = pixels["bgr"]
     classifier.normalisation = f"the adapter {name}"
     return classifier
-
-
-def _normalisation(adapter: Adapter) -> dict[str, Any]:
-    known = adapter.pixels or {}
-    return {key: known[key] for key in ("mean", "std", "input_size") if key in known}
 
 
 def _whole_classifier(repo_id: str, revision: str | None) -> Classifier:
