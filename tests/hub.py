@@ -530,32 +530,13 @@ def _validated(text: str) -> Any:
 # ------------------------------------------------------------------------------------- fixtures
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that the clients in this process talk to, with an empty cache and nobody logged in.
-
-    Log in by the fixture `logged_in`, or pass ``token=TOKEN`` to a client. Import datasets at the
-    top of a test file that needs it: it reads its settings once, at import.
-    """
+@contextlib.contextmanager
+def running_hub(home: Path) -> Iterator[Hub]:
+    """A Hub that the clients in this process talk to, with their cache in ``home``."""
     server = Hub()
-    home = tmp_path / "huggingface"
-    cache = str(home / "hub")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": cache,
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    if hasattr(constants, "HF_URL_HOSTS"):  # not before huggingface_hub 2
-        monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
-    # Libraries keep clients that they made at import, some of them during a test like this one.
     default = hf_api.api.endpoint
 
+    # Libraries keep clients that they made at import, some of them inside a block like this one.
     def get(api: HfApi) -> str:
         stored: str = vars(api)["endpoint"]
         return server.url if stored == default else stored
@@ -563,19 +544,47 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     def keep(api: HfApi, endpoint: str) -> None:
         vars(api)["endpoint"] = default if endpoint == server.url else endpoint
 
-    monkeypatch.setattr(HfApi, "endpoint", property(get, keep), raising=False)
     # The clients wait between attempts; here nothing gets better by waiting.
     impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-    for module in (http_utils, file_download):
-        monkeypatch.setattr(module, "time", impatient)
-    if "datasets" in sys.modules:
-        config = sys.modules["datasets"].config
-        monkeypatch.setattr(config, "HF_ENDPOINT", server.url)
-        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(config, "HF_DATASETS_CACHE", home / "datasets")
+    settings = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+    }
+    if hasattr(constants, "HF_URL_HOSTS"):  # not before huggingface_hub 2
+        settings["HF_URL_HOSTS"] = constants.HF_URL_HOSTS | {"127.0.0.1"}
     huggingface_hub.close_session()
-    yield server
-    server.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(HfApi, "endpoint", property(get, keep), raising=False)
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        for module in (http_utils, file_download):
+            patch.setattr(module, "time", impatient)
+        if "datasets" in sys.modules:
+            config = sys.modules["datasets"].config
+            patch.setattr(config, "HF_ENDPOINT", server.url)
+            patch.setattr(config, "HF_HUB_OFFLINE", False)
+            patch.setattr(config, "HF_DATASETS_CACHE", home / "datasets")
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub that the clients in this process talk to, with an empty cache and nobody logged in.
+
+    Log in by the fixture `logged_in`, or pass ``token=TOKEN`` to a client. Import datasets at the
+    top of a test file that needs it: it reads its settings once, at import.
+    """
+    with running_hub(tmp_path / "huggingface") as server:
+        yield server
 
 
 @pytest.fixture
