@@ -29,6 +29,7 @@ __all__ = [
     "load_adapter",
     "load_classifier",
     "mean_sparse",
+    "push_adapter",
     "restore_",
     "save_adapter",
     "save_pretrained",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lightning_meansparse.classifier import load_classifier
     from lightning_meansparse.data import ImageDataModule
     from lightning_meansparse.deployment import export
+    from lightning_meansparse.hub import push_adapter
     from lightning_meansparse.hugging_face import save_pretrained
     from lightning_meansparse.layer import MeanSparse, mean_sparse
     from lightning_meansparse.metrics import RobustAccuracy
@@ -64,6 +66,7 @@ else:  # hidden from type checkers, to which a module with __getattr__ would hav
         "classifier": ("load_classifier",),
         "data": ("ImageDataModule",),
         "deployment": ("export",),
+        "hub": ("push_adapter",),
         "hugging_face": ("save_pretrained",),
         "layer": ("MeanSparse", "mean_sparse"),
         "metrics": ("RobustAccuracy",),

@@ -66,6 +66,11 @@ def push_adapter(
         FileNotFoundError: If there is no such folder, or there are no records.
         PermissionError: If nobody is logged in, or the token must not write there.
         ConnectionError: If the Hub cannot be reached.
+
+    Examples:
+        >>> from lightning_meansparse import load_classifier
+        >>> commit = push_adapter("my-adapter", "org/name")  # doctest: +SKIP
+        >>> load_classifier("meansparse/org/name", revision=commit)  # doctest: +SKIP
     """
     from huggingface_hub import HfApi, get_token
 

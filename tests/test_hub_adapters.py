@@ -17,6 +17,7 @@ from lightning_meansparse import load_adapter, load_classifier, restore_, save_a
 from lightning_meansparse.adapter import files, read_adapter
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
 from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.cli import main
 from lightning_meansparse.hub import push_adapter
 from lightning_meansparse.surgery import alphas
 
@@ -327,3 +328,23 @@ def load(model):
     load_adapter(fresh, "org/sparse")
     assert torch.equal(fresh.model(torch.ones(1, 1, 8, 8)), model.model(torch.ones(1, 1, 8, 8)))
     return fresh
+
+
+# -------------------------------------------------------------------------------- in a shell
+
+
+def test_the_command_pushes_a_folder_with_its_base(hub, logged_in, tmp_path, capsys):
+    hub.commit("org/base", {"config.json": b"{}"})
+    folder = save_adapter(named(base=None), tmp_path / "sweep" / "adapter")
+    words = [str(folder), "org/sparse", "--base", "timm/hf-hub:org/base", "--private"]
+    assert main(["push", *words, "--license", "mit", "--message", "First"]) == 0
+    commit = hub.repositories["model", "org/sparse"].branches["main"]
+    assert commit in capsys.readouterr().out
+    assert hub.repositories["model", "org/sparse"].private
+    assert hub.history("org/sparse")[0] == "First"
+    base = json.loads(hub.files("org/sparse")[CONFIG_NAME])["base"]
+    assert base["source"] == "timm/hf-hub:org/base"
+    assert base["revision"] == hub.repositories["model", "org/base"].branches["main"]
+    assert b"license: mit" in hub.files("org/sparse")["README.md"]
+    assert main(["push", str(tmp_path / "sweep"), *words[1:4]]) == 2
+    assert "records" in capsys.readouterr().err  # of the sweep, which left none

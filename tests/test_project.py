@@ -30,6 +30,7 @@ HOMES: dict[str, str] = {name: home for home, names in API._ROOMS.items() for na
 ORDER = [
     "demo",
     "networks",
+    "kernels",
     "layer",
     "moments",
     "sites",
@@ -48,6 +49,7 @@ ORDER = [
     "tasks",
     "report",
     "card",
+    "hub",
     "cli",
 ]
 # Installed with an extra, so a file may import them inside functions only.

@@ -1,4 +1,4 @@
-"""The `meansparse` command: demo, fit, validate, sites, sweep, export, report.
+"""The `meansparse` command: demo, fit, validate, sites, sweep, export, report, card, push.
 
 This file starts it and stays light: help, version and slips of the pen are answered before torch
 and Lightning, many seconds of imports, are loaded.

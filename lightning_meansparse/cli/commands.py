@@ -70,6 +70,16 @@ COMMANDS: dict[str, Command] = {
         "meansparse report my_first_sweep",
         "lightning_meansparse.cli.report",
     ),
+    "card": Command(
+        "Write the model card of an adapter for the Hub, its numbers from the records of a sweep.",
+        "meansparse card my_first_sweep",
+        "lightning_meansparse.cli.card",
+    ),
+    "push": Command(
+        "Publish an adapter on the Hugging Face Hub, with its model card, in one commit.",
+        "meansparse push my_first_sweep org/name --base timm/hf-hub:org/base",
+        "lightning_meansparse.cli.push",
+    ),
 }
 
 
