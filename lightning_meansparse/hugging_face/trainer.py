@@ -135,6 +135,7 @@ class MeanSparseTrainerCallback(TrainerCallback):
         try:
             data = self._data(args, kwargs["train_dataloader"])
             counted = Counted(data.batches())
+            _same_buffers(model)
             with _as_in_use(model):
                 sparsify_(model, self._find_sites(model, data), center=self.center)
                 logger.info(f"MeanSparse: calibrating on {data.origin}")
@@ -191,6 +192,17 @@ def _as_in_use(model: nn.Module) -> Iterator[None]:
     finally:
         if around is not None:
             model.forward = around
+
+
+def _same_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the first, whose model is the one that is saved.
+
+    Weights are the same everywhere; the running statistics of batch norms are not after the last
+    training step.
+    """
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _sum_over_ranks(count: int, device: torch.device) -> int:
