@@ -22,6 +22,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_meansparse import kernels
+
 Backward = Literal["exact", "identity", "smooth"]
 Center = Literal["channel", "global", "zero"]
 
@@ -75,23 +77,12 @@ def mean_sparse(
         >>> mean_sparse(x, torch.zeros(4), torch.ones(4), 0.5)
         tensor([[-2.,  0.,  0.,  2.]])
     """
-    if not x.is_floating_point():
-        raise TypeError(
-            f"x must be a floating-point tensor, got {x.dtype}. Convert it first, e.g. x.float()."
-        )
-    for name, value in (("mean", mean), ("var", var), ("alpha", alpha)):
-        if isinstance(value, Tensor) and not _fits(value.shape, x.shape):
-            raise ValueError(
-                f"{name} must broadcast to x without enlarging it: {name} has shape "
-                f"{tuple(value.shape)}, x {tuple(x.shape)}. "
-                "For channels on axis 1 of an NCHW tensor use shape (C, 1, 1)."
-            )
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
     check_backward(backward, temperature)
-    threshold = alpha * var.sqrt()
+    threshold = _threshold(x, mean, var, alpha)
     if backward == "exact":
-        return _forward(x, mean, threshold)
+        return kernels.replace(x, mean, threshold)
     result: Tensor = _Surrogate.apply(
         x, mean, threshold, None if backward == "identity" else temperature
     )
@@ -168,15 +159,19 @@ class MeanSparse(nn.Module):
             return self.mean.mean().expand_as(self.mean)
         return torch.zeros_like(self.mean) if self.center == "zero" else self.mean
 
-    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, inplace: bool = False, clamped: bool = False) -> Tensor:
         """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to.
 
         ``inplace`` writes the result into ``x`` and returns that: for activations that overwrite
-        their input, which the network may use again under another name.
+        their input, which the network may use again under another name. ``clamped`` says that the
+        activation is a ReLU or a ReLU6; the backward pass can then do with what that leaves.
         """
+        if inplace and self.backward == "exact":
+            threshold = _threshold(x, self.mean, self.var, self.alpha)
+            return kernels.replace_(x, self.reference, threshold, clamped=clamped)
         y = mean_sparse(
             # The backward pass of a surrogate looks at its input again, which is about to change.
-            x.clone() if inplace and self.backward != "exact" else x,
+            x.clone() if inplace else x,
             self.reference,
             self.var,
             self.alpha,
@@ -233,24 +228,26 @@ def check_backward(rule: str, temperature: float) -> None:
         )
 
 
+def _threshold(x: Tensor, mean: Tensor, var: Tensor, alpha: float | Tensor) -> Tensor:
+    """Half-width of the band, once it is known that everything fits ``x``."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be a floating-point tensor, got {x.dtype}. Convert it first, e.g. x.float()."
+        )
+    for name, value in (("mean", mean), ("var", var), ("alpha", alpha)):
+        if isinstance(value, Tensor) and not _fits(value.shape, x.shape):
+            raise ValueError(
+                f"{name} must broadcast to x without enlarging it: {name} has shape "
+                f"{tuple(value.shape)}, x {tuple(x.shape)}. "
+                "For channels on axis 1 of an NCHW tensor use shape (C, 1, 1)."
+            )
+    return alpha * var.sqrt()
+
+
 def _fits(inner: torch.Size, outer: torch.Size) -> bool:
     return len(inner) <= len(outer) and all(
         i in (1, o) for i, o in zip(reversed(inner), reversed(outer), strict=False)
     )
-
-
-def _forward(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
-    y = torch.where((x - mean).abs() < threshold, mean.to(x.dtype), x)
-    if _laid_out_alike(y, x):
-        return y
-    # What comes next rounds differently in another memory layout, and α = 0 must change nothing.
-    return x.new_empty_strided(x.shape, x.stride()).copy_(y)
-
-
-def _laid_out_alike(y: Tensor, x: Tensor) -> bool:
-    """Whether two tensors have the same strides, as far as they matter and can be had anew."""
-    steps = [(a, b) for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if n != 1]
-    return all(a == b for a, b in steps) or any(a == 0 for a, _ in steps)
 
 
 class _Surrogate(torch.autograd.Function):
@@ -260,7 +257,7 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, mean: Tensor, threshold: Tensor, temperature: float | None) -> Tensor:
-        return _forward(x, mean, threshold)
+        return kernels.forward(x, mean, threshold)
 
     @staticmethod
     def setup_context(

@@ -18,6 +18,21 @@ The subclass is found by its base and the names alone: `deepcopy` and `pickle` s
 """
 
 from lightning_meansparse.rewrite.classes import base_of, check_call, route_
-from lightning_meansparse.rewrite.runtime import PREFIX, acts_in_place, call_of, child_of
+from lightning_meansparse.rewrite.runtime import (
+    PREFIX,
+    acts_in_place,
+    call_of,
+    child_of,
+    clamps_in_place,
+)
 
-__all__ = ["PREFIX", "acts_in_place", "base_of", "call_of", "check_call", "child_of", "route_"]
+__all__ = [
+    "PREFIX",
+    "acts_in_place",
+    "base_of",
+    "call_of",
+    "check_call",
+    "child_of",
+    "clamps_in_place",
+    "route_",
+]

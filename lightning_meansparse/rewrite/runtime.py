@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_meansparse.sites.source import REWRITTEN, is_whole_sum
 
@@ -71,9 +72,17 @@ def _called(
     if operate is None:
         return function(*args, **kwargs)
     if args:
-        return function(operate(args[0], inplace=inplace), *args[1:], **kwargs)
+        clamped = clamps_in_place(function, args, kwargs)
+        x = operate(args[0], inplace=inplace, clamped=clamped)
+        return function(x, *args[1:], **kwargs)
     key = "input" if "input" in kwargs else next(iter(kwargs))
     return function(**{**kwargs, key: operate(kwargs[key], inplace=inplace)})
+
+
+def clamps_in_place(function: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> bool:
+    """Whether a call is sure to be a ReLU or a ReLU6 that overwrites its input."""
+    known = type(function) in (nn.ReLU, nn.ReLU6) or function in (F.relu, F.relu6, torch.relu_)
+    return known and acts_in_place(function, args, kwargs)
 
 
 def _of_tensor(

@@ -12,8 +12,8 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from lightning_meansparse.layer import MeanSparse
 from lightning_meansparse.moments import ChannelMoments, Statistics
-from lightning_meansparse.surgery.control import alpha_set
 from lightning_meansparse.surgery.insertion import operators, shorten
 
 # What data sets and processors call the images of a batch.
@@ -31,9 +31,10 @@ def calibrate_(
     """Measure every operator's mean and variance in one pass, in place.
 
     The pass runs the base model: in eval mode, without gradients, with every operator letting its
-    input through unchanged. A second calibration overwrites the first; a failed one changes
-    nothing. Under ``torch.distributed`` the statistics of all ranks are merged, so every rank must
-    call it, with its own share of the data and no sample on two ranks.
+    input through unchanged, and not compiled even if the model is. A second calibration overwrites
+    the first; a failed one changes nothing. Under ``torch.distributed`` the statistics of all ranks
+    are merged, so every rank must call it, with its own share of the data and no sample on two
+    ranks.
 
     Args:
         model: A model with operators, see `sparsify_`.
@@ -74,24 +75,19 @@ def calibrate_(
         length = len(batches) if isinstance(batches, Sized) else max_batches
         total = length if max_batches is None or length is None else min(length, max_batches)
         batches = track(batches, description="Calibrating", total=total)
-    handles = [
-        op.register_forward_pre_hook(partial(_observe, moments[name])) for name, op in found.items()
-    ]
-    try:
-        with torch.no_grad(), evaluating(model), alpha_set(model, 0.0):
-            for batch in islice(batches, max_batches):
-                model(images_in(batch).to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        torch.compiler.set_stance("force_eager"),
+        _observing(found, moments),
+    ):
+        for batch in islice(batches, max_batches):
+            model(images_in(batch).to(device))
     for each in moments.values():
         each.reduce()
     unseen = [name for name, each in moments.items() if each.count == 0]
     if len(unseen) == len(moments):
-        raise ValueError(
-            "batches must give at least one image, got none "
-            "(or the model was compiled: calibrate before you compile)."
-        )
+        raise ValueError("batches must give at least one image, got none.")
     if unseen:
         raise RuntimeError(
             f"the forward pass never reached {shorten(unseen)}: "
@@ -125,8 +121,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _observe(moments: ChannelMoments, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    moments.update(args[0])
+@contextmanager
+def _observing(
+    found: Mapping[str, MeanSparse], moments: Mapping[str, ChannelMoments]
+) -> Iterator[None]:
+    """Let every operator pass its input on as it is, and count it, inside the ``with`` block."""
+
+    def observe(seen: ChannelMoments, x: Tensor, **_: object) -> Tensor:
+        seen.update(x)
+        return x
+
+    try:
+        for name, op in found.items():
+            op.forward = partial(observe, moments[name])  # type: ignore[method-assign]
+        yield
+    finally:
+        for op in found.values():
+            vars(op).pop("forward", None)
 
 
 def images_in(batch: object) -> Tensor:

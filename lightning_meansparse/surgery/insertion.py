@@ -27,6 +27,7 @@ from lightning_meansparse.rewrite import (
     call_of,
     check_call,
     child_of,
+    clamps_in_place,
     route_,
 )
 from lightning_meansparse.sites import Site
@@ -141,7 +142,8 @@ def shorten(names: Sequence[str], limit: int = 8) -> str:
 
 def _on_input(module: nn.Module, args: tuple[Any, ...], *, child: str) -> tuple[Any, ...]:
     operate: Any = module._modules[child]
-    return (operate(args[0], inplace=acts_in_place(module)), *args[1:])
+    x = operate(args[0], inplace=acts_in_place(module), clamped=clamps_in_place(module))
+    return (x, *args[1:])
 
 
 def _on_output(
