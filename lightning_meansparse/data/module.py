@@ -3,78 +3,38 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lightning_meansparse.data.augment import Augment, resolve_augment
+from lightning_meansparse.classifier import Classifier
+from lightning_meansparse.data.augment import resolve_augment
+from lightning_meansparse.data.fitting import eval_transform, named
+from lightning_meansparse.data.images import ImagePart, Part, channels_of, fingerprint_of, parts_of
+from lightning_meansparse.data.labels import Classes, classes_of
 from lightning_meansparse.data.parts import Rows, held_out_count, limited, stratified_order
-from lightning_meansparse.data.pixels import CodedPixels, Pixels, to_unit
-from lightning_meansparse.data.sources import (
-    MEMORY_LIMIT,
-    Opened,
-    Request,
-    Split,
-    is_local,
-    open_splits,
-)
+from lightning_meansparse.data.pixels import CodedPixels, resized
+from lightning_meansparse.data.sources import MEMORY_LIMIT, Request, Split, is_local, open_splits
+from lightning_meansparse.data.stream import StreamLoader, StreamPart, open_streams
 from lightning_meansparse.data.subset import write_part
 
 _log = logging.getLogger(__name__)
 
-Part = Literal["train", "holdout", "test"]
 Channels = Literal[1, 3, 4]
-_HASHED = 1024  # images per part that the fingerprint looks at when they are not in memory
 
 
-class ImagePart(Dataset[tuple[Tensor, int]]):
-    """One part of a data set: item i is `(image float32 (C, H, W) in [0, 1], label)`.
-
-    Args:
-        pixels: Images of the split, all or those in use.
-        places: Where in `pixels` the images are, in order, `(n,)`.
-        rows: Which rows of the split they are, in order, `(n,)`.
-        labels: Their labels, `(n,)`.
-        augment: Varies a batch `(n, C, H, W)`; None for none.
-    """
-
-    def __init__(
-        self,
-        pixels: Pixels,
-        places: Rows,
-        rows: Rows,
-        labels: Rows,
-        *,
-        augment: Augment | None = None,
-    ) -> None:
-        self.pixels = pixels
-        self.places = places
-        self.rows = rows
-        self.labels = labels
-        self.augment = augment
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image and its label."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return several items; a DataLoader asks for a whole batch with this, read in one step."""
-        images = to_unit(self.pixels.read(self.places[indices]))
-        if self.augment is not None:
-            images = self.augment(images)
-        return list(zip(images.unbind(), self.labels[indices].tolist(), strict=True))
+_Parts = dict[Part, ImagePart | StreamPart]
+_Made = tuple[_Parts, Classes, dict[str, Rows]]
+_T = TypeVar("_T")
 
 
 class ImageDataModule(LightningDataModule):
@@ -95,12 +55,18 @@ class ImageDataModule(LightningDataModule):
             `datasets.Dataset` or `(images (N, C, H, W), labels)` pairs, such as a `DatasetDict`.
         config_name: Configuration of a Hub data set, or subfolder of a local one.
         revision: Commit, tag or branch of a Hub data set.
-        image_key: Column of images.
-        label_key: Column of labels: class numbers, or names (then sorted to give the numbers).
+        image_key: Column of images. The default stands for the only such column, whatever its name.
+        label_key: Column of labels: class numbers, or names (then sorted to give the numbers). The
+            default stands for the only such column.
         size: Resize the shorter side and cut out the centre, an int for squares or
             `(height, width)`. Needed when images differ in size.
+        classifier: Resize, crop and order the classes as this classifier was evaluated: by timm's
+            or torchvision's eval transform or the image processor of transformers, without the
+            normalisation, which the classifier does itself. A name that `load_classifier` takes
+            will do.
         channels: Convert images to 1, 3 or 4 channels; None keeps theirs.
-        class_names: Names by class number, where the data set stores none.
+        class_names: Names by class number. Where the data set stores them in another order, its
+            labels are numbered anew.
         batch_size: Images per batch.
         holdout: Share (float) or count (int) of training images held out for choosing alpha.
         calibration: Use this many training images for statistics; None for all.
@@ -113,11 +79,19 @@ class ImageDataModule(LightningDataModule):
         seed: Of the division and the limits; shuffling follows `seed_everything`.
         train_split: Name of the training split.
         test_split: Name of the test split; None for no test.
+        streaming: Read the training images one after the other, without storing the data set (needs
+            the `hf` extra). `holdout` must be a share; an image belongs to it by its content. The
+            held-out and test images are kept, so limit them by `limit_holdout` and `limit_test`;
+            they are drawn from the whole stream. Every process reads all of the stream and decodes
+            its share.
+        skip_corrupt: Leave out images that cannot be decoded, and say which; else they are errors.
+            This looks at every image once before it begins.
 
     Attributes:
         num_classes: Number of classes (after `setup`, as everything here).
         class_names: Name of every class; the numbers as text where the data set has none.
         in_chans: Channels of the images.
+        skipped: Rows that `skip_corrupt` left out, by split.
         fingerprint: Hash of the labels and pixels in use, 12 hexadecimal digits. When images are
             too large for memory it looks at the pixels of the first 1,024 of each part.
 
@@ -147,6 +121,7 @@ class ImageDataModule(LightningDataModule):
         image_key: str = "image",
         label_key: str = "label",
         size: int | tuple[int, int] | None = None,
+        classifier: Classifier | str | None = None,
         channels: Channels | None = None,
         class_names: Sequence[str] | None = None,
         batch_size: int = 128,
@@ -160,6 +135,8 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         train_split: str = "train",
         test_split: str | None = "test",
+        streaming: bool = False,
+        skip_corrupt: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -167,6 +144,8 @@ class ImageDataModule(LightningDataModule):
         if channels is not None and channels not in get_args(Channels):
             raise ValueError(f"channels must be 1, 3, 4 or None, got {channels}")
         sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        if size is not None and classifier is not None:
+            raise ValueError("size and classifier both say how large images are; give one of them")
         if sides is not None and (sides[2:] or min(sides, default=0) < 1):
             raise ValueError(f"size must be a positive int or (height, width), got {size!r}")
         self.dataset = dataset
@@ -174,7 +153,7 @@ class ImageDataModule(LightningDataModule):
             image_key=image_key,
             label_key=label_key,
             channels=channels,
-            size=None if sides is None else (sides[0], sides[1]),
+            fit=None if sides is None else partial(resized, size=(sides[0], sides[1])),
             config_name=config_name,
             revision=revision,
         )
@@ -189,8 +168,12 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.train_split = train_split
         self.test_split = test_split
+        self.classifier = classifier
+        self.streaming = streaming
+        self.skip_corrupt = skip_corrupt
         self._given_names = None if class_names is None else list(class_names)
-        self.parts: dict[Part, ImagePart] = {}
+        self.parts: _Parts = {}
+        self.skipped: dict[str, Rows] = {}
         self.num_classes: int
         self.class_names: list[str]
         self.in_chans: int
@@ -198,7 +181,7 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download a Hub data set; Lightning calls this on one process per machine."""
-        if isinstance(self.dataset, str) and not is_local(self.dataset):
+        if isinstance(self.dataset, str) and not is_local(self.dataset) and not self.streaming:
             open_splits(self.dataset, self.request)
 
     def setup(self, stage: str | None = None) -> None:
@@ -209,56 +192,126 @@ class ImageDataModule(LightningDataModule):
         """
         if self.parts:
             return
-        opened = open_splits(self.dataset, self.request)
-        train = _get_split(opened, self.train_split, "train_split")
-        test = _get_split(opened, self.test_split, "test_split") if self.test_split else None
-        names = self._names(train)
-        labels = _class_numbers(train, names, f"train_split={self.train_split!r}")
-        order = stratified_order(labels, self.seed)
-        count = held_out_count(self.holdout, len(order))
-        rows: dict[Part, Rows] = {
-            "train": limited(
-                order[count:], self.limit_train, name="limit_train", where="the training part"
-            ),
-            "holdout": order[:count],
-        }
-        if count:
-            rows["holdout"] = limited(
-                order[:count], self.limit_holdout, name="limit_holdout", where="the held-out part"
-            )
-        limited(rows["train"], self.calibration, name="calibration", where="the training part")
-        parts = _parts(train.pixels, labels, rows)
-        if test is not None:
-            labels = _class_numbers(test, names, f"test_split={self.test_split!r}")
-            order = stratified_order(labels, self.seed)
-            kept = limited(order, self.limit_test, name="limit_test", where="the test split")
-            parts |= _parts(test.pixels, labels, {"test": kept})
-        shapes = {name: part[0][0].shape for name, part in parts.items() if len(part)}
-        if len(set(shapes.values())) > 1:
-            found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-            raise ValueError(
-                f"images differ in shape between splits ({found}); give size= or channels="
-            )
-        self.class_names = names
-        self.num_classes = len(names)
-        self.in_chans = shapes["train"][0]
-        self.fingerprint = _fingerprint(parts)
+        classifier = None if self.classifier is None else named(self.classifier)
+        request = self.request
+        if classifier is not None:
+            channels = request.channels or classifier.in_chans
+            request = replace(request, fit=eval_transform(classifier), channels=channels)
+        labels = None if classifier is None else classifier.labels
+        make = self._streamed if self.streaming else self._stored
+        parts, classes, skipped = make(request, labels)
+        self.in_chans = channels_of(parts)
+        self.class_names = list(classes.names)
+        self.num_classes = len(classes.names)
+        kept = {name: part for name, part in parts.items() if isinstance(part, ImagePart)}
+        self.fingerprint = fingerprint_of(kept)
+        self.skipped = skipped
         self.parts = parts
-        _log.info(
-            "%s: %s images", self.fingerprint, {name: len(part) for name, part in parts.items()}
+        for split, rows in skipped.items():
+            _log.warning(
+                "%s: %d images cannot be decoded and are left out, rows %s%s",
+                *(split, len(rows), rows[:5].tolist(), " …" if len(rows) > 5 else ""),
+            )
+        sizes = {name: len(part) for name, part in kept.items()}
+        _log.info("%s: %s images", self.fingerprint, sizes)
+
+    def _stored(self, request: Request, labels: Sequence[str] | None) -> _Made:
+        """Divide a data set whose images have numbers."""
+        opened = open_splits(self.dataset, request)
+        train = _get(opened, self.train_split, "train_split")()
+        test = _get(opened, self.test_split, "test_split")() if self.test_split else None
+        where = f"train_split={self.train_split!r}"
+        classes = classes_of(
+            train.labels, train.class_names, given=self._given_names, model=labels, where=where
         )
+        skipped: dict[str, Rows] = {}
+        numbers = classes.of(train.labels, train.class_names, where)
+        order = self._order(train, numbers, self.train_split, skipped)
+        count = held_out_count(self.holdout, len(order))
+        rest, held, where = order[count:], order[:count], "the training part"
+        rest = limited(rest, self.limit_train, name="limit_train", where=where)
+        limited(rest, self.calibration, name="calibration", where=where)
+        if count:
+            held = limited(
+                held, self.limit_holdout, name="limit_holdout", where="the held-out part"
+            )
+        rows: dict[Part, Rows] = {"train": rest, "holdout": held}
+        parts: _Parts = {**parts_of(train.pixels, numbers, rows, MEMORY_LIMIT)}
+        if test is not None:
+            parts |= self._test(test, classes, skipped)
+        return parts, classes, skipped
+
+    def _streamed(self, request: Request, labels: Sequence[str] | None) -> _Made:
+        """Divide a stream: training images stay one, held-out and test images get numbers."""
+        if isinstance(self.holdout, int) and self.holdout:
+            raise ValueError(
+                f"holdout={self.holdout}, but of a stream a share is held out: give a float, and "
+                "limit_holdout= for how many of these images choose alpha"
+            )
+        held_out_count(self.holdout, 1 + bool(self.holdout))
+        streams = open_streams(self.dataset, request)
+        train = _get(streams, self.train_split, "train_split")
+        test = _get(streams, self.test_split, "test_split") if self.test_split else None
+        where = f"train_split={self.train_split!r}"
+        if train.names is None and self._given_names is None and labels is None:
+            raise ValueError(
+                f"the labels of {where} have no names, and a stream does not say how many classes "
+                "there are: give class_names="
+            )
+        classes = classes_of(
+            np.zeros(1, np.int64), train.names, given=self._given_names, model=labels, where=where
+        )
+        share = float(self.holdout)
+        part = StreamPart(
+            train, classes, share, self.seed, limit=self.limit_train, skip_corrupt=self.skip_corrupt
+        )
+        parts: _Parts = {"train": part}
+        skipped: dict[str, Rows] = {}
+        if share:
+            shuffled = train.shuffled(self.seed)
+            held = shuffled.collected(self.limit_holdout, holdout=(share, self.seed))
+            numbers = classes.of(held.labels, held.class_names, where)
+            order = self._order(held, numbers, self.train_split, skipped)
+            parts |= parts_of(held.pixels, numbers, {"holdout": order}, MEMORY_LIMIT)
+        if test is not None:
+            kept = test if self.limit_test is None else test.shuffled(self.seed)
+            parts |= self._test(kept.collected(self.limit_test), classes, skipped)
+        return parts, classes, skipped
+
+    def _test(
+        self, split: Split, classes: Classes, skipped: dict[str, Rows]
+    ) -> dict[Part, ImagePart]:
+        numbers = classes.of(split.labels, split.class_names, f"test_split={self.test_split!r}")
+        order = self._order(split, numbers, str(self.test_split), skipped)
+        limit = None if self.streaming else self.limit_test
+        kept = limited(order, limit, name="limit_test", where="the test split")
+        return parts_of(split.pixels, numbers, {"test": kept}, MEMORY_LIMIT)
+
+    def _order(self, split: Split, numbers: Rows, name: str, skipped: dict[str, Rows]) -> Rows:
+        """The rows of a split in their order, without those that are to be skipped."""
+        order = stratified_order(numbers, self.seed)
+        if self.skip_corrupt and isinstance(split.pixels, CodedPixels):
+            bad = split.pixels.corrupt()
+            if len(bad):
+                skipped[name] = np.union1d(skipped.get(name, bad), bad)
+                order = order[~np.isin(order, bad)]
+        if not len(order):
+            raise ValueError(f"split {name!r} has no image that can be decoded")
+        return order
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the training part, augmented and shuffled."""
-        part = self._part("train")
-        varied = copy.copy(part)
+        varied = copy.copy(self._part("train"))
         varied.augment = self.augment
+        if isinstance(varied, StreamPart):
+            varied.shuffle = varied.even = True
+            return self._loader(varied)
         return self._loader(varied, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]] | list[Any]:
         """Return the held-out part of the training split; empty with `holdout=0`."""
-        part = self._part("holdout")
-        return self._loader(part) if len(part) else []
+        part = self.parts.get("holdout") if self.parts else self._part("holdout")
+        return self._loader(part) if isinstance(part, ImagePart) and len(part) else []
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the test split.
@@ -271,9 +324,13 @@ class ImageDataModule(LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """Return the training part for statistics: without augmentation, unshuffled."""
         part = self._part("train")
-        first = slice(self.calibration)
+        if isinstance(part, StreamPart):
+            first = copy.copy(part)
+            first.limit = part.limit if self.calibration is None else self.calibration
+            return self._loader(first)
+        some = slice(self.calibration)
         return self._loader(
-            ImagePart(part.pixels, part.places[first], part.rows[first], part.labels[first])
+            ImagePart(part.pixels, part.places[some], part.rows[some], part.labels[some])
         )
 
     def write_parquet(self, directory: str | Path) -> Path:
@@ -292,9 +349,15 @@ class ImageDataModule(LightningDataModule):
             ValueError: If the pixels are floats, which PNG cannot hold.
         """
         self.setup()
+        if self.streaming:
+            raise ValueError("write_parquet needs images with numbers; give streaming=False")
         folder = Path(directory)
         for name, members in (("train", ("train", "holdout")), ("test", ("test",))):
-            found = [part for key, part in self.parts.items() if key in members and len(part)]
+            found = [
+                part
+                for key, part in self.parts.items()
+                if key in members and isinstance(part, ImagePart) and len(part)
+            ]
             if found:
                 images = np.concatenate([part.pixels.read(part.places) for part in found])
                 labels = np.concatenate([part.labels for part in found])
@@ -302,27 +365,7 @@ class ImageDataModule(LightningDataModule):
                 write_part(folder / f"{name}.parquet", images, labels, self.class_names, keys=keys)
         return folder
 
-    def _names(self, train: Split) -> list[str]:
-        """Return the class names: stored, given, from names as labels, or from class numbers."""
-        if train.labels.dtype.kind == "U":
-            stored: Sequence[str] | None = np.unique(train.labels).tolist()
-        else:
-            stored = train.class_names
-        given = self._given_names
-        if given is not None and stored is not None and list(stored) != given:
-            raise ValueError(f"class_names={given} are not those of the data set: {list(stored)}")
-        names = stored or given
-        if names is None:
-            numbers = _class_numbers(train, None, f"train_split={self.train_split!r}")
-            count = int(numbers.max()) + 1
-            if count > max(1000, len(numbers)):
-                raise ValueError(
-                    f"labels must be class numbers, got {count - 1}: number them 0, 1, 2, …"
-                )
-            names = [str(number) for number in range(count)]
-        return list(names)
-
-    def _part(self, name: Part) -> ImagePart:
+    def _part(self, name: Part) -> ImagePart | StreamPart:
         if not self.parts:
             raise RuntimeError(
                 "call setup() before asking for a dataloader, or give it to a Trainer"
@@ -333,68 +376,25 @@ class ImageDataModule(LightningDataModule):
             )
         return self.parts[name]
 
-    def _loader(self, part: ImagePart, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, int]]:
-        return DataLoader(
+    def _loader(
+        self, part: ImagePart | StreamPart, *, shuffle: bool = False
+    ) -> DataLoader[tuple[Tensor, int]]:
+        kind: Any = StreamLoader if isinstance(part, StreamPart) else DataLoader
+        loader: DataLoader[tuple[Tensor, int]] = kind(
             part,
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            # A stream is told its epoch before its workers start.
+            persistent_workers=self.num_workers > 0 and kind is DataLoader,
             pin_memory=torch.cuda.is_available(),
         )
+        return loader
 
 
-def _get_split(opened: Opened, name: str, argument: str) -> Split:
-    if name not in opened:
+def _get(splits: Mapping[str, _T], name: str, argument: str) -> _T:
+    if name not in splits:
         raise ValueError(
-            f"{argument}={name!r} is no split of the data set, which has: {', '.join(opened)}"
+            f"{argument}={name!r} is no split of the data set, which has: {', '.join(splits)}"
         )
-    return opened[name]()
-
-
-def _class_numbers(split: Split, names: Sequence[str] | None, where: str) -> Rows:
-    """Check the labels of a split and return them as class numbers."""
-    labels = split.labels
-    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
-        kind = "lists" if labels.ndim > 1 else f"of type {labels.dtype}, perhaps with gaps"
-        raise TypeError(f"labels of {where} must be class numbers or names, but they are {kind}")
-    if labels.dtype.kind == "U":
-        number = {name: index for index, name in enumerate(names or ())}
-        if unknown := sorted(set(np.unique(labels).tolist()) - set(number)):
-            raise ValueError(f"labels of {where} have names that training does not: {unknown[:5]}")
-        return np.array([number[label] for label in labels.tolist()], np.int64)
-    numbers = labels.astype(np.int64)
-    if numbers.min() < 0:
-        raise ValueError(
-            f"{int((numbers < 0).sum())} of {len(numbers)} labels of {where} are negative: this "
-            "split is not labelled; choose one that is"
-        )
-    if names is not None and numbers.max() >= len(names):
-        raise ValueError(
-            f"labels of {where} go up to {numbers.max()}, but there are {len(names)} classes"
-        )
-    return numbers
-
-
-def _parts(pixels: Pixels, labels: Rows, rows: Mapping[Part, Rows]) -> dict[Part, ImagePart]:
-    """Make parts of one split, decoded into memory when they fit."""
-    used = np.concatenate(list(rows.values()))
-    if isinstance(pixels, CodedPixels):
-        pixels, places = pixels.stored(used, MEMORY_LIMIT)
-    else:
-        places = used
-    ends = np.cumsum([len(part) for part in rows.values()])
-    return {
-        name: ImagePart(pixels, places[end - len(part) : end], part, labels[part])
-        for (name, part), end in zip(rows.items(), ends, strict=True)
-    }
-
-
-def _fingerprint(parts: Mapping[Part, ImagePart]) -> str:
-    digest = hashlib.blake2b(digest_size=6)
-    for name, part in parts.items():
-        digest.update(f"{name} {len(part)} ".encode() + part.labels.tobytes())
-        seen = part.places[:_HASHED] if isinstance(part.pixels, CodedPixels) else part.places
-        images = part.pixels.read(seen) if len(seen) else np.empty(0)
-        digest.update(f"{images.shape} {images.dtype} ".encode() + images.tobytes())
-    return digest.hexdigest()
+    return splits[name]

@@ -7,7 +7,7 @@ batch: a quarter of the memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from lightning_meansparse.data.parts import Rows
 
 Array = npt.NDArray[Any]
 Size = tuple[int, int]
+Coded = Mapping[str, Any] | None
 CHUNK = 1024
 
 
@@ -35,15 +36,21 @@ class Pixels(Protocol):
         """Return the images at `rows` as an array `(n, C, H, W)` of uint8, uint16 or float32."""
 
 
+Fit = Callable[[Array], Array]
+"""Images `(N, C, H, W)` to images of one wanted size, such as `resized`."""
+
+
 @dataclass(frozen=True)
 class StoredPixels:
     """Images in memory.
 
     Args:
         array: `(N, C, H, W)`, uint8, uint16 or float32.
+        fit: Brings them to size when they are read; None keeps them.
     """
 
     array: Array
+    fit: Fit | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -51,7 +58,44 @@ class StoredPixels:
 
     def read(self, rows: Rows) -> Array:
         """Return the images at `rows`."""
-        return np.take(self.array, rows, axis=0)
+        taken = np.take(self.array, rows, axis=0)
+        return taken if self.fit is None else self.fit(taken)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """From an image as data sets store it to an array.
+
+    Args:
+        open: Decodes a mapping such as `{"bytes": …, "path": …}` with Pillow.
+        channels: Convert every image to 1, 3 or 4 channels; None keeps what is stored.
+        fit: Brings images to size; None keeps what is stored.
+    """
+
+    open: Callable[[Mapping[str, Any]], Image.Image]
+    channels: int | None
+    fit: Fit | None
+
+    def __call__(self, coded: Coded, where: str) -> Array:
+        """Return one image `(C, H, W)`; `where` names it for errors."""
+        array = decoded(self.opened(coded, where), self.channels, where=where)
+        return array if self.fit is None else self.fit(array[None])[0]
+
+    def opened(self, coded: Coded, where: str) -> Image.Image:
+        """Decode an image; whatever Pillow says of broken files becomes an error that names it."""
+        try:
+            if coded is None:
+                raise OSError("there is none")
+            image = self.open(coded)
+            image.load()
+            return image
+        except Exception as error:  # of many kinds: OSError, SyntaxError, struct.error, …
+            path = None if coded is None else coded.get("path")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CorruptImageError(
+                f"{where}{f' ({path})' if path else ''} cannot be decoded: {reason}. Repair it or "
+                "remove it, or leave such images out by skip_corrupt=True"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -59,18 +103,16 @@ class CodedPixels:
     """Images that are decoded when asked for.
 
     Args:
-        fetch: Gives the images at these rows, decoded by Pillow.
+        fetch: Gives the images at these rows, as the data set stores them.
+        decode: Decodes one.
         count: Number of images.
-        channels: Convert every image to 1, 3 or 4 channels; None keeps what is stored.
-        size: Resize and crop to `(height, width)`; None keeps what is stored.
         where: The split, for errors.
         expected: `(C, H, W)` that every image must have; None until the first is known.
     """
 
-    fetch: Callable[[Rows], Sequence[Image.Image]]
+    fetch: Callable[[Rows], Sequence[Coded]]
+    decode: Decoder
     count: int
-    channels: int | None
-    size: Size | None
     where: str
     expected: tuple[int, ...] | None = None
 
@@ -82,15 +124,14 @@ class CodedPixels:
         """Return the images at `rows`.
 
         Raises:
-            ValueError: If they differ in size or channels among each other or from `expected`, or
-                an image is of a kind without an agreed value range.
+            ValueError: If one cannot be decoded, if they differ in size or channels among each
+                other or from `expected`, or an image is of a kind without an agreed value range.
         """
         arrays = []
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            for row, image in zip(chunk, self.fetch(chunk), strict=True):
-                array = decoded(image, self.channels, where=f"image {row} of {self.where}")
-                arrays.append(array if self.size is None else resized(array[None], self.size)[0])
+            for row, coded in zip(chunk, self.fetch(chunk), strict=True):
+                arrays.append(self.decode(coded, f"image {row} of {self.where}"))
         shapes = Counter(array.shape for array in arrays)
         if self.expected is not None:
             shapes.setdefault(self.expected, 0)
@@ -100,17 +141,38 @@ class CodedPixels:
         depths = {array.dtype for array in arrays}
         return np.stack(arrays if len(depths) == 1 else [_unit(array) for array in arrays])
 
-    def stored(self, rows: Rows, limit: int) -> tuple[Pixels, Rows]:
-        """Decode `rows` into memory if they take at most `limit` bytes.
+    def corrupt(self) -> Rows:
+        """Look at every image, and return the rows of those that cannot be decoded."""
+        bad = []
+        for start in range(0, self.count, CHUNK):
+            chunk = np.arange(start, min(start + CHUNK, self.count))
+            for row, coded in zip(chunk, self.fetch(chunk), strict=True):
+                try:
+                    self.decode.opened(coded, "")
+                except CorruptImageError:
+                    bad.append(row)
+        return np.array(bad, np.int64)
 
-        Returns:
-            The pixels and where each of `rows` is in them.
-        """
-        first = self.read(rows[:1])
-        if first.nbytes * len(rows) > limit:
-            return replace(self, expected=first.shape[1:]), rows
+
+def in_memory(pixels: Pixels, rows: Rows, limit: int) -> tuple[Pixels, Rows]:
+    """Decode and fit the images at `rows` once for all if they take at most `limit` bytes.
+
+    Returns:
+        The pixels and where each of `rows` is in them.
+    """
+    if isinstance(pixels, StoredPixels) and pixels.fit is None:
+        return pixels, rows
+    first = pixels.read(rows[:1])
+    if first.nbytes * len(rows) <= limit:
         # All at once, not by chunks, so that an error can count all sizes.
-        return StoredPixels(self.read(rows)), np.arange(len(rows))
+        return StoredPixels(pixels.read(rows)), np.arange(len(rows))
+    if isinstance(pixels, CodedPixels):
+        pixels = replace(pixels, expected=first.shape[1:])
+    return pixels, rows
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be decoded."""
 
 
 def decoded(image: Image.Image, channels: int | None, *, where: str) -> Array:

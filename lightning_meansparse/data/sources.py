@@ -19,8 +19,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from lightning_meansparse.data.columns import (
+    find_columns,
+    has_bytes,
+    kinds_of_features,
+    kinds_of_schema,
+)
 from lightning_meansparse.data.parts import Rows
-from lightning_meansparse.data.pixels import Array, CodedPixels, Pixels, Size, StoredPixels, resized
+from lightning_meansparse.data.pixels import (
+    Array,
+    Coded,
+    CodedPixels,
+    Decoder,
+    Fit,
+    Pixels,
+    StoredPixels,
+)
 
 MEMORY_LIMIT = 2**30  # bytes: larger Parquet files are left to `datasets`, larger images undecoded
 _IDX = re.compile(r"(?P<split>.+)-images[-.]idx[34]-ubyte(\.gz)?")
@@ -33,7 +47,7 @@ class Request:
     image_key: str
     label_key: str
     channels: int | None
-    size: Size | None
+    fit: Fit | None
     config_name: str | None
     revision: str | None
 
@@ -75,22 +89,48 @@ def open_splits(dataset: str | Path | Mapping[str, Any], request: Request) -> Op
                 f"to (images, labels) pairs, got {type(dataset).__name__}"
             )
         return {name: _in_memory(value, name, request) for name, value in dataset.items()}
-    if not is_local(dataset):
-        return _hugging_face(_load_from_hub(str(dataset), request), request)
     path = Path(dataset).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"dataset={str(dataset)!r} does not exist")
-    if path.is_dir() and (idx := _idx_splits(path)):
-        return {name: _bound(_read_idx, images, name, request) for name, images in idx.items()}
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _hugging_face(_datasets().load_from_disk(str(path)), request)
-    folder = path / request.config_name if request.config_name else path
+    if is_local(dataset):
+        if not path.exists():
+            raise FileNotFoundError(f"dataset={str(dataset)!r} does not exist")
+        if path.is_dir() and (idx := _idx_splits(path)):
+            return {name: _bound(_read_idx, images, name, request) for name, images in idx.items()}
+        files = {} if _is_saved(path) else _parquet_splits(_folder(path, request))
+        size = sum(file.stat().st_size for group in files.values() for file in group)
+        if files and size <= MEMORY_LIMIT:
+            return {
+                name: _bound(_read_parquet, group, name, request) for name, group in files.items()
+            }
+    return {
+        name: _bound(_read_hugging_face, data, name, request)
+        for name, data in load(dataset, request).items()
+    }
+
+
+def load(dataset: str | Path, request: Request, *, streaming: bool = False) -> Mapping[str, Any]:
+    """Load what Hugging Face `datasets` reads: a Hub id, Parquet, image folders, saved data sets.
+
+    Raises:
+        FileNotFoundError: If it is a folder with none of these.
+        RuntimeError: If the Hub does not have it or cannot be reached.
+    """
+    if not is_local(dataset):
+        return dict(_load_from_hub(str(dataset), request, streaming))
+    path = Path(dataset).expanduser()
+    if _is_saved(path):
+        loaded = _datasets().load_from_disk(str(path))
+        # A saved single split has no name of its own.
+        splits = loaded if isinstance(loaded, Mapping) else {str(loaded.split or "train"): loaded}
+        if streaming:
+            return {name: data.to_iterable_dataset() for name, data in splits.items()}
+        return splits
+    folder = _folder(path, request)
     if files := _parquet_splits(folder):
-        if sum(file.stat().st_size for group in files.values() for file in group) > MEMORY_LIMIT:
-            names = {split: [str(file) for file in group] for split, group in files.items()}
-            loaded = _datasets().load_dataset("parquet", data_files=names)
-            return _hugging_face(loaded, request)
-        return {name: _bound(_read_parquet, group, name, request) for name, group in files.items()}
+        names = {split: [str(file) for file in group] for split, group in files.items()}
+        parquet: Mapping[str, Any] = _datasets().load_dataset(
+            "parquet", data_files=names, streaming=streaming
+        )
+        return parquet
     if not any(
         file.suffix.lower() in Image.registered_extensions() for file in folder.rglob("*.*")
     ):
@@ -99,9 +139,19 @@ def open_splits(dataset: str | Path | Mapping[str, Any], request: Request) -> Op
             "Parquet files (train.parquet), a saved Hugging Face data set, images in "
             "train/<class>/ folders"
         )
-    return _hugging_face(
-        _datasets().load_dataset("imagefolder", data_dir=str(folder), drop_labels=False), request
+    images: Mapping[str, Any] = _datasets().load_dataset(
+        "imagefolder", data_dir=str(folder), drop_labels=False, streaming=streaming
     )
+    return images
+
+
+def _folder(path: Path, request: Request) -> Path:
+    return path / request.config_name if request.config_name else path
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` made this folder."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
 def is_local(dataset: str | Path) -> bool:
@@ -216,7 +266,7 @@ def _stored(images: Array, split: str, request: Request) -> StoredPixels:
             f"images of split {split!r} have {channels} channels; arrays are converted from 1 to 3 "
             f"alone, not to channels={request.channels}"
         )
-    return StoredPixels(images if request.size is None else resized(images, request.size))
+    return StoredPixels(images, request.fit)
 
 
 # --- Parquet -------------------------------------------------------------------------------------
@@ -235,41 +285,36 @@ def _read_parquet(files: list[Path], split: str, request: Request) -> Split:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    available = pq.read_schema(files[0]).names
-    _check_columns(available, request, split)
-    keys = list({request.image_key, request.label_key})
-    table = pa.concat_tables([pq.read_table(file, columns=keys) for file in files])
-    stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    schema = pq.read_schema(files[0])
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
-    names = features.get(request.label_key, {}).get("names")
-    images = table.column(request.image_key).combine_chunks()
-    if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-        images = images.field("bytes")
-    if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
+    kinds = kinds_of_schema(schema, features)
+    image_key, label_key = find_columns(kinds, request.image_key, request.label_key, split)
+    if kinds[image_key] != "image":
         raise TypeError(
-            f"column image_key={request.image_key!r} of split {split!r} must hold coded images "
-            f"(bytes, or a Hugging Face Image), got {images.type}"
+            f"column image_key={image_key!r} of split {split!r} must hold coded images "
+            f"(bytes, or a Hugging Face Image), got {schema.field(image_key).type}"
         )
-    if images.null_count:
-        raise ValueError(f"split {split!r} has {images.null_count} rows without image bytes")
+    table = pa.concat_tables([pq.read_table(f, columns=[image_key, label_key]) for f in files])
+    images = table.column(image_key).combine_chunks()
+    struct = has_bytes(images.type)
 
-    def fetch(rows: Rows) -> list[Image.Image]:
-        coded = images.take(pa.array(rows)).to_pylist()
-        return [ImageOps.exif_transpose(Image.open(io.BytesIO(value))) for value in coded]
+    def fetch(rows: Rows) -> list[Coded]:
+        taken = images.take(pa.array(rows)).to_pylist()
+        found = taken if struct else [{"bytes": value} for value in taken]
+        return [coded if coded and coded["bytes"] else None for coded in found]
 
-    pixels = CodedPixels(fetch, len(images), request.channels, request.size, f"split {split!r}")
-    labels = table.column(request.label_key)
+    where = f"split {split!r}"
+    decode = Decoder(_open, request.channels, request.fit)
+    pixels = CodedPixels(fetch, decode, len(images), where)
+    labels, names = table.column(label_key), features.get(label_key, {}).get("names")
     if labels.null_count:
         raise ValueError(f"split {split!r} has {labels.null_count} rows without a label")
     return Split(pixels, np.asarray(labels.to_pylist()), tuple(names) if names else None)
 
 
-def _check_columns(available: Sequence[str], request: Request, split: str) -> None:
-    for name, key in (("image_key", request.image_key), ("label_key", request.label_key)):
-        if key not in available:
-            raise ValueError(
-                f"{name}={key!r} is no column of split {split!r}, which has: {', '.join(available)}"
-            )
+def _open(coded: Mapping[str, Any]) -> Image.Image:
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(coded["bytes"])))
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
@@ -286,10 +331,12 @@ def _datasets() -> Any:
     return datasets
 
 
-def _load_from_hub(name: str, request: Request) -> Any:
+def _load_from_hub(name: str, request: Request, streaming: bool) -> Any:
     datasets = _datasets()
     try:
-        return datasets.load_dataset(name, request.config_name, revision=request.revision)
+        return datasets.load_dataset(
+            name, request.config_name, revision=request.revision, streaming=streaming
+        )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise RuntimeError(
             f"dataset={name!r} is no local path and the Hub did not give it "
@@ -302,33 +349,50 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _hugging_face(loaded: Any, request: Request) -> Opened:
-    # A saved single split has no name of its own.
-    splits = loaded if isinstance(loaded, Mapping) else {str(loaded.split or "train"): loaded}
-    return {
-        name: _bound(_read_hugging_face, value, name, request) for name, value in splits.items()
-    }
-
-
 def _read_hugging_face(data: Any, split: str, request: Request) -> Split:
-    datasets = _datasets()
-    _check_columns(data.column_names, request, split)
-    kind = data.features[request.image_key]
-    if not isinstance(kind, datasets.Image):
-        raise TypeError(
-            f"column image_key={request.image_key!r} of split {split!r} must be an Image feature, "
-            f"got {kind}; mend it with cast_column({request.image_key!r}, datasets.Image())"
-        )
-    # Pillow images, whatever format the caller has set for his own use.
-    images = data.with_format(None)
+    columns = find_hugging_face(data, split, request)
+    # Coded, and whatever format the caller has set for his own use.
+    images = data.with_format(None).select_columns(columns.image)
+    images = images.cast_column(columns.image, _datasets().Image(decode=False))
 
-    def fetch(rows: Rows) -> list[Image.Image]:
-        found: list[Image.Image] = images[rows.tolist()][request.image_key]
+    def fetch(rows: Rows) -> list[Coded]:
+        found: list[Coded] = images[rows.tolist()][columns.image]
         return found
 
-    label = data.features[request.label_key]
+    where = f"split {split!r}"
+    decode = Decoder(columns.open, request.channels, request.fit)
+    pixels = CodedPixels(fetch, decode, len(data), where)
+    column = data.select_columns(columns.label).with_format("arrow")[:]
+    return Split(pixels, np.asarray(column[columns.label].to_pylist()), columns.names)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a data set of `datasets` has where.
+
+    Args:
+        image: Column of images.
+        label: Column of labels.
+        open: Decodes an image.
+        names: Of the classes, where it stores them.
+    """
+
+    image: str
+    label: str
+    open: Callable[[Mapping[str, Any]], Image.Image]
+    names: tuple[str, ...] | None
+
+
+def find_hugging_face(data: Any, split: str, request: Request) -> Columns:
+    """Find the columns of a data set of `datasets`, which may be a stream."""
+    datasets = _datasets()
+    kinds = kinds_of_features(data.features)
+    image_key, label_key = find_columns(kinds, request.image_key, request.label_key, split)
+    image, label = data.features[image_key], data.features[label_key]
+    if kinds[image_key] != "image":
+        raise TypeError(
+            f"column image_key={image_key!r} of split {split!r} must be an Image feature, "
+            f"got {image}; mend it with cast_column({image_key!r}, datasets.Image())"
+        )
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
-    column = data.select_columns(request.label_key).with_format("arrow")[:]
-    labels = np.asarray(column[request.label_key].to_pylist())
-    pixels = CodedPixels(fetch, len(data), request.channels, request.size, f"split {split!r}")
-    return Split(pixels, labels, names)
+    return Columns(image_key, label_key, datasets.Image(mode=image.mode).decode_example, names)

@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_meansparse.data.module import ImagePart
+from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.surgery import images_in
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.ranks import gathered
