@@ -117,7 +117,7 @@ class APGD(StartedAttack):
             else:
                 start = part.ball.random(self.seed, part.indices, run)
             target = targets[rows, run % targets.shape[1]]
-            self._run(rows, part.ball, part.labels, target, start, outcome)
+            self.climb(rows, part.ball, part.labels, target, start, outcome)
 
     def _close(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
         """Which samples the best example so far has brought near to the decision boundary."""
@@ -126,7 +126,7 @@ class APGD(StartedAttack):
         outcome.forwards += 2
         return found > self.close * clean  # both negative where the sample stands
 
-    def _run(
+    def climb(
         self,
         rows: Tensor,
         ball: Ball,
@@ -135,7 +135,17 @@ class APGD(StartedAttack):
         start: Tensor,
         outcome: Outcome,
     ) -> None:
-        """One run of Algorithm 1 over ``rows``; writes what it finds into ``outcome``."""
+        """One run of Algorithm 1 over ``rows``; writes what it finds into ``outcome``.
+
+        Args:
+            rows: Positions in ``outcome`` of what follows, which has one row for each of them.
+            ball: What is within reach.
+            labels: True classes.
+            targets: Classes to become, for ``"dlr-targeted"``.
+            start: Where to begin, inside the ball.
+            outcome: Gets the examples that fool the model, the best points of the other samples,
+                and the cost.
+        """
         loss, slope, standing = self.gradient(start, labels, self._loss(labels, targets))
         outcome.forwards[rows] += 1
         outcome.backwards[rows] += 1

@@ -67,6 +67,15 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             change(_SMOOTH, "adaptive-close", loss="margin", n_restarts=10, close=0.1),
             change(_IDENTITY, "adaptive-ce-identity", steps=50),
             change(_IDENTITY, "adaptive-dlr-identity", loss="dlr", steps=50),
+            change(
+                replace(_SMOOTH, attack=f"{_OURS}.transfer.Narrowing"),
+                "adaptive-narrowing",
+                factor=4.0,
+                stages=16,
+                stage_steps=10,
+                n_restarts=5,
+                close=0.25,
+            ),
         )
     }
 )
@@ -99,8 +108,8 @@ SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
 - ``transfer``: the path of an attack on the base model, and on the same network at 0.75 and 1.25
   times alpha;
 - ``adaptive``: APGD on four losses, through the identity and through smooth gates of three widths,
-  from random points and from the base model's examples; what then is close to falling gets nine
-  restarts more;
+  from random points and from the base model's examples, with nine restarts more for what then is
+  close to falling; and APGD while the bands narrow from four times their width to their own;
 - ``full``: all of them, the suite for a number that is published.
 """
 
