@@ -18,6 +18,15 @@ BASES = {
     "vit": "hf/org/vit",
     "resnet": "meansparse/org/resnet",
 }
+# What a fresh process does: images from a file, logits of every kind into another.
+LOAD = """
+import sys, torch
+torch.set_num_threads(1)
+from lightning_meansparse import load_classifier
+images = torch.load(sys.argv[1])
+logits = {name: load_classifier(f"meansparse/org/{name}-sparse")(images) for name in sys.argv[3:]}
+torch.save(logits, sys.argv[2])
+"""
 IMAGES = torch.linspace(0, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32).sin()
 
 

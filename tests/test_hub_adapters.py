@@ -6,14 +6,26 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+import torchvision
 from adapters import base_of, sparse
 from hub import READ_TOKEN, TOKEN
 from huggingface_hub import HfApi
-from journeys import BASES, IMAGES, publish_base, train
+from journeys import BASES, IMAGES, LOAD, publish_base, train
+from safetensors.torch import save
 
 import lightning_meansparse.hub
-from lightning_meansparse import load_adapter, load_classifier, restore_, save_adapter, set_alpha
+from lightning_meansparse import (
+    calibrate_,
+    find_sites,
+    load_adapter,
+    load_classifier,
+    restore_,
+    save_adapter,
+    set_alpha,
+    sparsify_,
+)
 from lightning_meansparse.adapter import files, read_adapter
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
 from lightning_meansparse.classifier import Classifier
@@ -23,14 +35,7 @@ from lightning_meansparse.surgery import alphas
 
 pytest.importorskip("transformers")
 
-LOAD = """
-import sys, torch
-torch.set_num_threads(1)
-from lightning_meansparse import load_classifier
-images = torch.load(sys.argv[1])
-logits = {name: load_classifier(f"meansparse/org/{name}-sparse")(images) for name in sys.argv[3:]}
-torch.save(logits, sys.argv[2])
-"""
+GREY = IMAGES[:, :1]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,45 @@ def test_pushing_once_more_changes_nothing(hub, published):
     head = hub.repositories["model", "org/sparse"].branches["main"]
     assert push_adapter(load_classifier("meansparse/org/sparse"), "org/sparse") == head
     assert len(hub.history("org/sparse")) == 2
+
+
+def measured(classifier, images=IMAGES):
+    sites = find_sites(classifier.model, (images - classifier.mean) / classifier.std)
+    sparsify_(classifier.model, sites, alpha=0.3)
+    calibrate_(classifier, [images])
+    return classifier
+
+
+def test_weights_that_timm_itself_has_on_the_hub(hub, logged_in, tmp_path):
+    """By their name, but at the commit that was measured, with the options that were given."""
+    weights = timm.create_model("test_resnet").state_dict()
+    old = hub.commit("timm/test_resnet.r160_in1k", {"model.safetensors": save(weights)})
+    options = {"in_chans": 1, "mean": 0.5, "std": 0.25}
+    model = measured(load_classifier("timm/test_resnet", **options), GREY)
+    assert model.revision == old
+    push_adapter(model, "org/sparse")
+    newer = {name: value * 1.01 for name, value in weights.items()}
+    hub.commit("timm/test_resnet.r160_in1k", {"model.safetensors": save(newer)})
+    assert load_classifier("timm/test_resnet").revision != old
+    again = load_classifier("meansparse/org/sparse")
+    assert (again.source, again.revision, again.in_chans) == ("timm/test_resnet", old, 1)
+    assert torch.equal(again(GREY), model(GREY))
+
+
+def test_weights_of_torchvision_go_by_their_name(hub, logged_in, monkeypatch):
+    state, fetched = torchvision.models.resnet18().state_dict(), []
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda url, **options: fetched.append(url) or state,
+    )
+    model = measured(load_classifier("torchvision/resnet18"))
+    push_adapter(model, "org/sparse")
+    base = json.loads(hub.files("org/sparse")[CONFIG_NAME])["base"]
+    assert (base["source"], base["revision"]) == ("torchvision/resnet18", "IMAGENET1K_V1")
+    assert base["library"] == "torchvision"
+    fetched.clear()
+    assert torch.equal(logits_of(load_classifier("meansparse/org/sparse")), logits_of(model))
+    assert set(fetched) == {torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url}
 
 
 # ----------------------------------------------------------------------------- when it goes wrong

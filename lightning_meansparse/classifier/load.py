@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -172,10 +173,13 @@ def _names_adapter(name: str | Path) -> bool:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any] | None:
-    """The options that a file can hold; None if there are others. Weights go by `revision`."""
-    kept = {k: v for k, v in options.items() if v is not None and k != "weights"}
-    plain = all(isinstance(v, str | int | float | bool) for v in kept.values())
-    return kept if plain else None
+    """The options as JSON values; None if there are others. Weights go by `revision`."""
+    kept = {key: value for key, value in options.items() if value is not None and key != "weights"}
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))
+    except (TypeError, ValueError):
+        return None
+    return plain
 
 
 def _told(classifier: Classifier) -> Classifier:

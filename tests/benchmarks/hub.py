@@ -26,7 +26,7 @@ import torch
 from adapters import Net, base_of, sparse
 from bad_adapters import BAD
 from hub import TOKEN, Hub, running_hub
-from journeys import BASES, IMAGES, publish_base, train
+from journeys import BASES, IMAGES, LOAD, publish_base, train
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -34,14 +34,6 @@ from torch import nn
 from lightning_meansparse import load_adapter, push_adapter, save_adapter
 from lightning_meansparse.surgery import operators
 
-LOAD = """
-import sys, torch
-torch.set_num_threads(1)
-from lightning_meansparse import load_classifier
-images = torch.load(sys.argv[1])
-logits = {name: load_classifier(f"meansparse/org/{name}-sparse")(images) for name in sys.argv[3:]}
-torch.save(logits, sys.argv[2])
-"""
 CARD = "README.md"
 
 
