@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hub import TOKEN
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 
@@ -116,6 +116,9 @@ def test_through_the_hub_with_labels_and_image_processor(hub, logged_in, tmp_pat
     folder_of(model, tmp_path / "vit", push_to_hub="org/vit")
     assert hub.history("org/vit")[0] != "initial commit"
     assert len(hub.history("org/vit")) == 2, "all files in one commit"
+    card = ModelCard.load("org/vit")
+    assert card.data.library_name == "transformers"
+    assert "Robustness was not evaluated" in card.text
     loaded = AutoModel.from_pretrained("org/vit")
     assert isinstance(loaded, transformers.ViTForImageClassification)
     assert torch.equal(logits_of(loaded), logits_of(model))
@@ -333,6 +336,7 @@ def test_nothing_of_an_older_model_stays_in_the_folder(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     (tmp_path / "README.md").write_text("mine")
     folder = folder_of(sparse(model), tmp_path)
+    assert (folder / "README.md").read_text() == "mine"
     assert sorted(contents(folder)) == [
         "README.md",
         "config.json",

@@ -44,12 +44,12 @@ ORDER = [
     "records",
     "metrics",
     "callback",
-    "hugging_face",
     "deployment",
     "tasks",
     "report",
     "card",
     "hub",
+    "hugging_face",
     "cli",
 ]
 # Installed with an extra, so a file may import them inside functions only.

@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_meansparse.adapter import Adapter, base_module
+from lightning_meansparse.adapter import base_module
 from lightning_meansparse.adapter.files import write_adapter
 from lightning_meansparse.adapter.models import describe
 from lightning_meansparse.rewrite.classes import base_of, rewritten
 from lightning_meansparse.surgery import operators
 
-CONFIG = "config.json"
+_CONFIG = "config.json"
+_CARD = "README.md"
 
 
 def variant_of(variant: str | None) -> str:
@@ -40,6 +41,8 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     *,
     image_processor: Any = None,
+    base: str | None = None,
+    records: str | os.PathLike[str] | None = None,
     calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     push_to_hub: str | None = None,
@@ -59,7 +62,8 @@ def save_pretrained(
     ``load_classifier("meansparse/org/name")`` load both; timm itself loads the base alone, as
     nothing in its format can stop it.
 
-    The files are written beside the folder's own and then moved into it, ``config.json`` last.
+    The model card, ``README.md``, is written if the folder has none. The files are written beside
+    the folder's own and then moved into it, ``config.json`` last.
 
     Args:
         model: An image classifier of transformers or timm with calibrated operators, or a wrapper
@@ -67,6 +71,9 @@ def save_pretrained(
         directory: The folder; made if there is none. Other files in it stay.
         image_processor: Of transformers: written into the folder as well. None takes that of the
             folder or repository that the model was loaded from; False writes none.
+        base: Name of the base, such as ``"hf/org/name"``, for the adapter and the model card.
+        records: Output folder of a sweep, for the card's numbers; None says that robustness was not
+            evaluated.
         calibration: Facts about the calibration data, see `save_adapter`.
         evaluation: Measured results, see `save_adapter`.
         push_to_hub: Id of a repository on the Hub, ``"org/name"``, that the folder is uploaded to;
@@ -99,28 +106,38 @@ def save_pretrained(
         >>> calibrate_(model, [images])
         >>> folder = save_pretrained(model, "whole", image_processor=False)
         >>> sorted(file.name for file in folder.iterdir())
-        ['config.json', 'meansparse.safetensors', 'meansparse_config.json',
+        ['README.md', 'config.json', 'meansparse.safetensors', 'meansparse_config.json',
          'model.meansparse.safetensors']
         >>> loaded = AutoModelForImageClassification.from_pretrained(folder)
         >>> torch.equal(loaded(images).logits, model.eval()(images).logits)
         True
     """
+    from lightning_meansparse.card import model_card
+
     network: Any = base_module(model)
-    adapter = describe(model, calibration=calibration, evaluation=evaluation)
+    adapter = describe(model, base=base, calibration=calibration, evaluation=evaluation)
     folder = Path(directory)
-    if isinstance(getattr(network, "pretrained_cfg", None), Mapping):
-        with _moved_into(folder) as new:
-            _write_timm(network, new, options)
-            write_adapter(adapter, new)
-    elif _is_of_transformers(network):
-        if image_processor is None:
-            image_processor = _processor_of(network)
-        _write(network, adapter, folder, image_processor, options)
-    else:
+    of_timm = isinstance(getattr(network, "pretrained_cfg", None), Mapping)
+    if not of_timm and not _is_of_transformers(network):
         raise TypeError(
             f"model must be of transformers or timm, or a wrapper around one; its base is a "
             f"{type(network).__name__}. Publish its adapter alone: save_adapter."
         )
+    library = "timm" if of_timm else "transformers"
+    card = model_card(
+        adapter, repo_id=push_to_hub, records=records, relation="finetune", library_name=library
+    )
+    if not of_timm:
+        _require_classifier(network)
+        image_processor = _processor_of(network) if image_processor is None else image_processor
+    write = _write_timm if of_timm else _write_transformers
+    with _moved_into(folder) as new:
+        write(network, new, options)
+        write_adapter(adapter, new)
+        if image_processor:
+            image_processor.save_pretrained(new)
+        if not (folder / _CARD).exists():
+            (new / _CARD).write_text(card, "utf-8")
     if push_to_hub is not None:
         _upload(folder, push_to_hub, token=token, private=private)
     return folder
@@ -180,7 +197,11 @@ def _save_pretrained(
     folder = Path(save_directory)
     repo_id = options.pop("repo_id", folder.name)
     hub = {key: options.pop(key) for key in ("commit_message", "private") if key in options}
-    _write(self, describe(self), folder, None, options)
+    _require_classifier(self)
+    adapter = describe(self)
+    with _moved_into(folder) as new:
+        _write_transformers(self, new, options)
+        write_adapter(adapter, new)
     if push_to_hub:
         _upload(folder, repo_id, token=token, **hub)
 
@@ -232,24 +253,21 @@ def _processor_of(network: Any) -> Any:
         ) from error
 
 
-def _write(
-    network: Any, adapter: Adapter, folder: Path, image_processor: Any, options: Mapping[str, Any]
-) -> None:
+def _require_classifier(network: Any) -> None:
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-
-    from lightning_meansparse.hugging_face.configuration import MeanSparseConfig
 
     if type(network.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"{type(network).__name__} is no image classifier of transformers, and only those load "
             "as whole models. Publish the adapter alone: save_adapter."
         )
-    with _moved_into(folder) as new:
-        _plain(network)(new, **{**options, "variant": variant_of(options.get("variant"))})
-        MeanSparseConfig(network.config).save_pretrained(new)
-        write_adapter(adapter, new)
-        if image_processor:
-            image_processor.save_pretrained(new)
+
+
+def _write_transformers(network: Any, folder: Path, options: Mapping[str, Any]) -> None:
+    from lightning_meansparse.hugging_face.configuration import MeanSparseConfig
+
+    _plain(network)(folder, **{**options, "variant": variant_of(options.get("variant"))})
+    MeanSparseConfig(network.config).save_pretrained(folder)
 
 
 def _write_timm(network: Any, folder: Path, options: Mapping[str, Any]) -> None:
@@ -257,10 +275,10 @@ def _write_timm(network: Any, folder: Path, options: Mapping[str, Any]) -> None:
     from timm.models import save_for_hf
 
     save_for_hf(network, str(folder), safe_serialization=True, **options)
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = json.loads((folder / _CONFIG).read_text("utf-8"))
     # It stands outside as well, where both look for it.
     config.get("model_args", {}).pop("num_classes", None)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 @contextmanager
@@ -271,11 +289,11 @@ def _moved_into(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".meansparse-") as temporary:
         yield Path(temporary)
-        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / _CONFIG).unlink(missing_ok=True)
         for pattern in ("model*.safetensors", "model.safetensors.index*.json"):
             for old in folder.glob(pattern):
                 old.unlink()
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == CONFIG):
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == _CONFIG):
             os.replace(path, folder / path.name)
 
 
