@@ -1,11 +1,16 @@
 """Attacks that `full` does not hold, on the images that `full` has left standing.
 
-    python -m tests.benchmarks.hostile --records docs/records/fashion_mnist_sweep \
-        --output docs/records/hostile.json
+    python -m tests.benchmarks.hostile --output docs/records/hostile.json
+    python -m tests.benchmarks.networks resnet vit resnet-l2 --output outputs/networks
+    python -m tests.benchmarks.hostile --networks outputs/networks --network resnet \
+        --output docs/records/hostile_resnet.json
 
-Per alpha it takes the first n test images of the records, and of those that stand the ones whose
-margin fifty steps of APGD have brought closest to 0: what these attacks cannot break, further away
-is hopeless. Every example is clipped to the ball and scored again by the exact forward.
+Per alpha it runs `full` on n test images, and the ideas of `tests.benchmarks.ideas` on those that
+stand and whose margin fifty steps of APGD bring closest to 0: what these attacks cannot break,
+further away is hopeless. Every example is clipped to the ball and scored again by the exact
+forward. The attacks in `LATE` cost nine tenths of `full`; the order in which attacks run changes no
+union, so they meet only what fell to an idea, and take away from it what falls to them. What is
+done is written as it is done, and the same command goes on after it.
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,170 +29,208 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_meansparse import load_adapter, load_classifier, set_alpha
-from lightning_meansparse.attacks.apgd import APGD
-from lightning_meansparse.attacks.ball import Ball
+from lightning_meansparse import (
+    calibrate_,
+    find_sites,
+    load_classifier,
+    set_alpha,
+    sparsify_,
+)
+from lightning_meansparse.attacks import SUITES, BaseExamples, evaluate
 from lightning_meansparse.attacks.guard import attackable
-from lightning_meansparse.attacks.library import load_torchattacks
-from lightning_meansparse.attacks.losses import margin_loss
-from lightning_meansparse.attacks.square import Square
 from lightning_meansparse.data import ImageDataModule
-from lightning_meansparse.records import TEST, read_records
-from lightning_meansparse.surgery import backward_rule
-from lightning_meansparse.surgery.control import alpha_scaled
+from tests.benchmarks.ideas import IDEAS, Target, margins, nearest_points
+from tests.benchmarks.networks import DATA, NETWORKS, load
 
-EPS = 0.1
-
-
-class Annealed(APGD):
-    """The gate sharpens while the attack runs, from half the band to a sixty-fourth."""
-
-    calls = 0
-
-    def gradient(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient at the width that is due."""
-        width = 2.0 ** -(1 + 5 * min(self.calls / self.steps, 1))
-        self.calls += 1
-        with backward_rule(self.model, "smooth", temperature=width):
-            return super().gradient(images, labels, loss)
-
-
-class Averaged(APGD):
-    """The mean gradient at eight points around the image: a smoothed loss surface."""
-
-    def gradient(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean of nine."""
-        values, slope, standing = super().gradient(images, labels, loss)
-        for _ in range(8):
-            near = images + self.eps / 8 * torch.randn_like(images)
-            slope = slope + super().gradient(near, labels, loss)[1]
-        return values, slope, standing
-
-
-class Crowd(APGD):
-    """The mean gradient of the network at 0.7, 0.85, 1 and 1.15 times alpha."""
-
-    def gradient(self, images: Tensor, labels: Tensor, loss: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean of four."""
-        values, slope, standing = super().gradient(images, labels, loss)
-        for factor in (0.7, 0.85, 1.15):
-            with alpha_scaled(self.model, factor):
-                slope = slope + super().gradient(images, labels, loss)[1]
-        return values, slope, standing
+DEMO = "lightning_meansparse/demo/checkpoint"
+BATCH = 100
+SETTINGS = ("network", "first", "n", "norm", "eps", "closest")
+LATE = ("apgd-t", "fab-t", "square")
+"""Attacks of `full` that know nothing of the operator, and cost most."""
 
 
 def main() -> None:
     """Try everything, print a table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, help="default: adapter/ beside the records")
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--closest", type=int, default=100)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = _arguments()
     torch.set_num_threads(1)
     console = Console()
-    classifier = load_classifier("lightning_meansparse/demo/checkpoint")
-    load_adapter(classifier, args.adapter or args.records / "adapter")
-    data = ImageDataModule(args.data, holdout=0.1)
-    data.setup("test")
-    whole = data.test_dataloader().dataset
-    place = {int(row): i for i, row in enumerate(whole.rows)}
-    records, _ = read_records(args.records)
-    found: dict[str, dict[str, int]] = {}
+    data = ImageDataModule(args.data, batch_size=BATCH, holdout=0.1, seed=0, calibration=10_000)
+    data.setup()
+    end = args.first + args.n
+    parts = list(islice(data.test_dataloader(), -(-end // BATCH)))
+    images, labels = (torch.cat(part)[:end] for part in zip(*parts, strict=True))
+    early = [spec for spec in SUITES["full"] if spec.name not in LATE]
+    late = [spec for spec in SUITES["full"] if spec.name in LATE]
+    classifier, stranger = _classifiers(args, data)
+    record = _opened(args)
     for alpha in args.alphas:
-        standing, count = left_standing(records, alpha, args.n)
-        images = torch.stack([whole[place[i]][0] for i in standing])
-        labels = torch.tensor([int(whole[place[i]][1]) for i in standing])
+        entry = record["alphas"].setdefault(f"{alpha:g}", {"batches": {}, "ideas": {}})
         set_alpha(classifier, alpha)
-        with attackable(classifier) as (model, _):
-            found[f"{alpha:g}"] = {"n": count, "standing": len(standing)}
-            for name, fell in tried(model, images, labels, args.closest):
-                found[f"{alpha:g}"][name] = fell
-                console.log(f"alpha = {alpha:g}: {name}: {fell} of {len(standing)} fell")
-    table = Table("attack", *(f"α = {alpha}" for alpha in found))
-    for name in next(iter(found.values())):
-        table.add_row(name, *(str(row[name]) for row in found.values()))
-    console.print(table)
-    if args.output is not None:
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(json.dumps({"closest": args.closest, "alphas": found}, indent=1))
-        os.replace(temporary, args.output)
+        for start in range(args.first, end, BATCH):
+            if str(start) in entry["batches"]:
+                continue
+            rows = torch.arange(start, min(start + BATCH, end))
+            found = evaluate(
+                classifier,
+                images[rows],
+                labels[rows],
+                attacks=early,
+                eps=args.eps,
+                norm=args.norm,
+                indices=rows,
+                base=BaseExamples(),
+            )
+            # `standing` per attack, so that what each one adds can be read off.
+            entry["batches"][str(start)] = {
+                "clean": int(found.clean.sum()),
+                "after": dict(zip(found.attacks, found.standing.sum(0).tolist(), strict=True)),
+                "rows": rows[found.worst].tolist(),
+            }
+            _write(args.output, record)
+        stand = [row for part in entry["batches"].values() for row in part["rows"]]
+        console.log(f"alpha = {alpha:g}: {len(stand)} of {args.n} stand")
+        if stand:
+            with attackable(classifier) as (model, _), attackable(stranger) as (other, _):
+                rows = torch.tensor(stand)
+                target = Target(
+                    model=model,
+                    stranger=other,
+                    images=images[rows],
+                    labels=labels[rows],
+                    nearest=images[rows],
+                    others=images,
+                    other_labels=labels,
+                    eps=args.eps,
+                    norm=args.norm,
+                )
+                _try(target, stand, entry, args, record, console)
+        rows = torch.tensor(
+            sorted({row for idea in entry["ideas"].values() for row in idea["fell"]})
+        )
+        if len(rows):
+            found = evaluate(
+                classifier,
+                images[rows],
+                labels[rows],
+                attacks=late,
+                eps=args.eps,
+                norm=args.norm,
+                indices=rows,
+            )
+            entry["fell to full"] = rows[~found.worst].tolist()
+    _summarise(record)
+    _write(args.output, record)
+    console.print(_table(record))
 
 
-def left_standing(records: Any, alpha: float, n: int) -> tuple[list[int], int]:
-    """Numbers of the images that stand after all attacks, among the first n of the test split."""
-    rows = [
-        row
-        for row in records.select(
-            ["split", "round", "alpha", "index", "order", "standing"]
-        ).to_pylist()
-        if (row["split"], row["round"], row["alpha"]) == (TEST, "main", alpha)
-    ]
-    indices = sorted({row["index"] for row in rows})[:n]
-    last = max(row["order"] for row in rows)
-    stand = {row["index"] for row in rows if row["order"] == last and row["standing"]}
-    return [index for index in indices if index in stand], len(indices)
-
-
-def tried(
-    model: nn.Module, images: Tensor, labels: Tensor, closest: int
-) -> Iterator[tuple[str, int]]:
-    """Run every idea on the closest images; yield its name and how many of them fell."""
-
-    def apgd(cls: type[APGD] = APGD, seed: int = 100, **options: Any) -> APGD:
-        return cls(model, eps=EPS, seed=seed, **{"loss": "margin", **options})
-
-    with smooth(model):
-        first = apgd(steps=50).perturb_from(images, labels).examples
-    with torch.no_grad():
-        rows = margin_loss(model(first), labels).argsort(descending=True)[:closest]
-    images, labels, first = images[rows], labels[rows], first[rows]
-    ball, fallen = Ball(images, EPS, "Linf"), torch.zeros(len(rows), dtype=torch.bool)
-    theirs = load_torchattacks()
-
-    def started(attack: Any) -> Callable[[], Tensor]:
-        return lambda: attack.perturb_from(images, labels, starts=first).examples
-
-    def plain(attack: Any) -> Callable[[], Tensor]:
-        return lambda: attack.perturb_from(images, labels).examples
-
-    def library(name: str, **options: Any) -> Callable[[], Tensor]:
-        return lambda: getattr(theirs, name)(model, eps=EPS, **options)(images.clone(), labels)
-
-    ideas: dict[str, Callable[[], Tensor]] = {
-        "20 more restarts on the margin, smooth 1/16": plain(apgd(n_restarts=20, steps=50)),
-        "500 short steps from the closest point so far": started(apgd(steps=500, step_size=0.25)),
-        "9 targets, smooth 1/16": plain(apgd(loss="dlr-targeted", n_targets=9, steps=50)),
-        "gate that sharpens from 1/2 to 1/64": plain(apgd(Annealed)),
-        "gradient averaged over noise": plain(apgd(Averaged, steps=50)),
-        "gradient averaged over four alphas": plain(apgd(Crowd, steps=50)),
-        "Square, 2,000 queries from the closest point": started(
-            Square(model, eps=EPS, n_queries=2000, p_init=0.05, seed=7)
-        ),
-        "MI-FGSM through the gate": library("MIFGSM", alpha=EPS / 10, steps=50),
-        "VMI-FGSM through the gate": library("VMIFGSM", alpha=EPS / 10, steps=20),
-        "PGD-100 through the gate": library("PGD", alpha=EPS / 20, steps=100),
-        "Jitter through the gate": library("Jitter", alpha=EPS / 10, steps=50),
-    }
-    for name, idea in ideas.items():
+def _try(
+    target: Target,
+    numbers: list[int],
+    entry: dict[str, Any],
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    console: Console,
+) -> None:
+    """Run every idea that has not run yet on the closest images; write which of them fell."""
+    points = nearest_points(target)
+    rows = margins(target, points).argsort(descending=True)[: args.closest]
+    target = replace(
+        target, images=target.images[rows], labels=target.labels[rows], nearest=points[rows]
+    )
+    for name, idea in IDEAS[args.norm].items():
+        if name in entry["ideas"] or (args.only and name not in args.only):
+            continue
         torch.manual_seed(0)
-        with smooth(model):
-            examples = ball.clip(idea().detach())
-        with torch.no_grad():
-            fell = model(examples).argmax(1) != labels
-        fallen |= fell
-        yield name, int(fell.sum())
-    yield "any of these", int(fallen.sum())
+        begin = time.perf_counter()
+        fell = torch.zeros(len(rows), dtype=torch.bool)
+        for examples in idea(target):
+            fell |= _falls(target, examples)
+        fallen = [numbers[row] for row in rows[fell].tolist()]
+        entry["ideas"][name] = {"fell": fallen, "seconds": round(time.perf_counter() - begin, 1)}
+        console.log(f"{name}: {len(fallen)} of {len(rows)} fell", entry["ideas"][name])
+        _write(args.output, record)
 
 
-@contextmanager
-def smooth(model: nn.Module) -> Iterator[None]:
-    """The gate of the package's sharpest attacks."""
-    with backward_rule(model, "smooth", temperature=1 / 16):
-        yield
+def _falls(target: Target, examples: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = target.model(target.ball.clip(examples.detach()))
+    fallen: Tensor = logits.argmax(dim=1) != target.labels
+    return fallen
+
+
+def _classifiers(args: argparse.Namespace, data: ImageDataModule) -> tuple[nn.Module, nn.Module]:
+    """The network in question with its operators, and another one, as an attacker may have."""
+    demo = load_classifier(DEMO)
+    sparsify_(demo, find_sites(demo, torch.zeros(2, 1, 28, 28)))
+    calibrate_(demo, (images for images, _ in data.calibration_dataloader()))
+    if args.network == "demo":
+        other = next((n for n in NETWORKS if args.networks and (args.networks / n).exists()), None)
+        return demo, load(other, args.networks) if other else load_classifier(DEMO)
+    return load(args.network, args.networks), demo
+
+
+def _opened(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.output.exists():
+        old: dict[str, Any] = json.loads(args.output.read_text())
+        if old["settings"] != settings:
+            raise ValueError(f"{args.output} has other settings; give another --output")
+        return old
+    return {"settings": settings, "alphas": {}}
+
+
+def _summarise(record: dict[str, Any]) -> None:
+    """Count what stood when the ideas were tried, and what falls to an idea, not to `full`."""
+    for entry in record["alphas"].values():
+        entry["standing"] = sum(len(part["rows"]) for part in entry["batches"].values())
+        entry["fell to any"] = len(set().union(*_fallen(entry).values()))
+
+
+def _fallen(entry: dict[str, Any]) -> dict[str, set[int]]:
+    """Per idea the images that fall to it and to no attack of `full`."""
+    known = set(entry.get("fell to full", ()))
+    return {name: set(idea["fell"]) - known for name, idea in entry["ideas"].items()}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _table(record: dict[str, Any]) -> Table:
+    columns = record["alphas"]
+    table = Table("idea", *(f"α = {alpha}" for alpha in columns))
+    fallen = [_fallen(entry) for entry in columns.values()]
+    for name in sorted(set().union(*fallen)):
+        table.add_row(name, *(str(len(ideas[name])) if name in ideas else "" for ideas in fallen))
+    for name in ("standing", "fell to any"):
+        table.add_row(name, *(str(entry[name]) for entry in columns.values()))
+    return table
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=("demo", *NETWORKS), default="demo")
+    parser.add_argument("--networks", type=Path, help="folder of tests.benchmarks.networks")
+    parser.add_argument("--data", default=DATA)
+    parser.add_argument("--norm", choices=tuple(IDEAS), help="default: as the network was trained")
+    parser.add_argument("--eps", type=float, help="default: as the network was trained")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6])
+    parser.add_argument("--first", type=int, default=0, help="number of the first image")
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--closest", type=int, default=100)
+    parser.add_argument("--only", nargs="+", help="some ideas by name")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    if args.network != "demo" and not args.networks:
+        parser.error("--network needs --networks, the folder in which it was trained")
+    trained = NETWORKS.get(args.network)
+    args.norm = args.norm or (trained.norm if trained else "Linf")
+    args.eps = args.eps or (trained.eps if trained else 0.1)
+    return args
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.suites --output docs/records/cost.json
 
-The evaluations do not depend on the machine; the seconds are those of one thread of it. An image
-that an early attack breaks costs the later ones nothing: a suite costs what its images withstand.
+The evaluations do not depend on the machine; the seconds are processor time of one thread of it.
+An image that an early attack breaks costs the later ones nothing: a suite costs what its images
+withstand.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def main() -> None:
     calibrate_(classifier, data.calibration_dataloader())
     rows = {}
     for suite in SUITES:
-        start = time.perf_counter()
+        start = time.process_time()
         result = evaluate(classifier, images, labels, attacks=suite, eps=0.1)
         rows[suite] = {
-            "seconds": (time.perf_counter() - start) * 100 / args.n,
+            "seconds": (time.process_time() - start) * 100 / args.n,
             "forwards": int(result.forwards.sum()) * 100 / args.n,
             "backwards": int(result.backwards.sum()) * 100 / args.n,
             "standing": float(result.worst.float().mean()),
