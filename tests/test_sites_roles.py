@@ -105,11 +105,6 @@ GATED = {
         {"act": nn.ReLU(), "one": nn.Conv2d(8, 8, 1)},
         set(),
     ),
-    "a self-gated activation written out": (
-        lambda m, x: m.act(x * m.last(x)),
-        {"act": nn.ReLU(), "last": nn.Sigmoid()},
-        set(),
-    ),
 }
 
 

@@ -42,6 +42,20 @@ FUNCTIONS = names(
 EXTREMES = names("maximum minimum max min")
 """Functions of two tensors that are activations if one does not depend on the model's input."""
 
+CLAMPS = names("clamp clip clamp_min")
+"""Functions that are activations if their floor is one of `FLOORS`."""
+
+FLOORS = (0, -1)
+"""Where `ReLU` and `Hardtanh` bend; other floors guard against overflow or division by zero."""
+
+BENDS = FUNCTIONS | names(
+    "abs erf exp clamp clamp_min clamp_max maximum minimum gt ge lt le sign heaviside"
+)
+"""Operations that make an activation of what they meet again: `x * (1 + erf(x))`, `x * (x > 0)`."""
+
+MEETINGS = names("mul div where masked_fill maximum minimum")
+"""Operations in which the parts of an activation that is written out meet."""
+
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that own no place: their first or last child names it."""
 

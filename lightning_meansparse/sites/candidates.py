@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lightning_meansparse.sites import provenance
-from lightning_meansparse.sites.dataflow import Value
+from lightning_meansparse.sites.dataflow import Value, Written
 from lightning_meansparse.sites.events import Call, Place, Sum, Turn
 from lightning_meansparse.sites.probe import Probe
 from lightning_meansparse.sites.record import Role, Side, Site
@@ -66,12 +66,16 @@ def _joined(first: Candidate, again: Candidate) -> Candidate:
 def _of_call(probe: Probe, call: Call) -> Candidate:
     role: Role = "gate" if probe.is_gate(call) else "activation"
     turn, spot, module = call.turn, call.turn.spot, call.module
+    if call.written is not None:
+        return _of_written(probe, call, call.written, role)
     discarded = isinstance(spot, Spot) and spot.discarded
     if module is not None and call.first_input and module not in probe.repeated and not discarded:
         site, undecided = _site(probe.names[module], "in", call.value, role, call.kind)
         return Candidate(site, call.time, undecided)
     site, undecided = _site(turn.owner, "in", call.value, role, call.kind, call=turn.name)
     why = _why_not(probe, turn)
+    if module is None and not call.first_input:
+        why = "its input is not its first argument"
     if why is None:
         return Candidate(site, call.time, undecided)
     function = turn.name.partition("[")[0]
@@ -80,6 +84,24 @@ def _of_call(probe: Probe, call: Call) -> Candidate:
         how = "called several times" if module in probe.repeated else "called by keyword"
         what = f"{probe.names[module]}, {call.kind} module {how}"
     return Candidate(site, call.time, undecided, f"{what} in {turn.owner_class}: {why}")
+
+
+def _of_written(probe: Probe, call: Call, written: Written, role: Role) -> Candidate:
+    """An activation that is written out: its place is where its input passes a module's border."""
+    turn = call.turn
+    borders = [
+        place
+        for place in probe.places
+        if place.value is written.given
+        and place.module not in probe.repeated
+        and (place.side == "out" or f"{turn.owner}.".startswith(f"{probe.names[place.module]}."))
+    ]
+    if borders and probe.flow.uses[written.given] == written.uses:
+        return replace(_of_place(probe, borders[0], role), time=call.time)
+    site, undecided = _site(turn.owner, "in", call.value, role, call.kind, call=turn.name)
+    what = f"{turn.owner}::{turn.name}, {call.kind} written out in {turn.owner_class}"
+    why = "is used elsewhere, too" if borders else "is no module's input or output"
+    return Candidate(site, call.time, undecided, f"{what}: what goes into it {why}")
 
 
 def _of_sum(probe: Probe, total: Sum) -> Candidate:

@@ -8,14 +8,23 @@ enough to know the gates at the end.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_meansparse.sites import provenance, rules
-from lightning_meansparse.sites.activations import names
+from lightning_meansparse.sites.activations import (
+    BENDS,
+    CLAMPS,
+    EXTREMES,
+    FLOORS,
+    MEETINGS,
+    names,
+)
 from lightning_meansparse.sites.provenance import Op, Trace
 
 _SCALING = names("add sub rsub mul div neg")
@@ -39,6 +48,9 @@ class Value:
         total: Time of the residual sum that it is, None if it is none.
         maker: When its channels were made, and the module in whose code: the last of the layers
             that are joined in it. The model's input has no maker.
+        made: When it was made.
+        bent: The operation that made it bends.
+        parents: What it is an elementwise function of, if all of that has its root.
     """
 
     trace: Trace
@@ -49,6 +61,24 @@ class Value:
     layer: int = 0
     total: int | None = None
     maker: tuple[int, str] = (0, "")
+    made: int = 0
+    bent: bool = False
+    parents: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An activation that is written out: `x * sigmoid(v * x)`.
+
+    Attributes:
+        given: What it is a function of, the `x`.
+        parts: All tensors on the way from there.
+        uses: How often they use `given`.
+    """
+
+    given: Value
+    parts: frozenset[Value]
+    uses: int
 
 
 class Flow:
@@ -57,11 +87,13 @@ class Flow:
     Attributes:
         clock: Counts events; earlier events have smaller numbers.
         gated: Bit set of the activations that were a factor somewhere.
+        uses: How many operations each value went into.
     """
 
     def __init__(self) -> None:
         self.clock = itertools.count(1)
         self.gated = 0
+        self.uses: Counter[Value] = Counter()
         self._roots: list[int] = []  # per activation bit: root of its input
         self._values = WeakTensorKeyDictionary()
 
@@ -108,6 +140,7 @@ class Flow:
         `owner` names the module in whose code it runs.
         """
         values = [value for _, value in known.values()]
+        self.uses.update(values)
         first, now = values[0], next(self.clock)
         alone = len(values) == 1
         copies = op.name in rules.COPIES
@@ -140,6 +173,9 @@ class Flow:
                 layer=first.layer if same_layer else now,
                 total=first.total if passes and alone and out.numel() == numel else None,
                 maker=maker,
+                made=now,
+                bent=op.name in BENDS,
+                parents=tuple(values) if same_root else (),
             )
             for out, trace in zip(op.outs, rules.propagate(op), strict=True)
         ]
@@ -179,6 +215,56 @@ class Flow:
             layer=now,
             maker=value.maker,
         )
+
+
+def written_out(op: Op, values: list[Value], result: Value) -> Written | None:
+    """The activation that ends in an operation; None if it ends none.
+
+    It ends one where a tensor meets a bent elementwise function of itself. A gate meets what it was
+    not made from elementwise, and a power of a tensor does not bend.
+    """
+    meets = op.name in MEETINGS and len(values) > 1 and op.outs[0].is_floating_point()
+    if not meets or not result.parents:
+        return None
+    before = [_ancestors(value) for value in values]
+    given = max(frozenset.intersection(*before), key=lambda value: value.made, default=None)
+    if given is None:
+        return None
+    parts = frozenset.union(*before) - _ancestors(given) | {result}
+    if not any(part.bent for part in parts):
+        return None
+    return Written(given, parts, sum(given in part.parents for part in parts))
+
+
+def _ancestors(value: Value) -> frozenset[Value]:
+    """A value and all that it is an elementwise function of, up to its root."""
+    found, waiting = {value}, [value]
+    while waiting:
+        new = set(waiting.pop().parents) - found
+        found |= new
+        waiting += new
+    return frozenset(found)
+
+
+def first_two(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A function's input and second argument, by position or by keyword."""
+    second = "min" if name in CLAMPS else "other"
+    given = dict(zip(("input", second), args, strict=False)) | kwargs
+    return given.get("input"), given.get(second)
+
+
+def rectifies(name: str, given: Any, other: Any, flow: Flow) -> bool:
+    """Whether a function is a rectifier by another name.
+
+    That is the maximum or minimum of a layer's output with what does not depend on the input
+    (zeros, the threshold of filter response normalisation), or a clamp from 0 on. A clamp of the
+    images themselves, or of positions, keeps them in their range and is none.
+    """
+    value = flow[given]
+    made = value is not None and value.maker[0] > 0 and given.is_floating_point()
+    if name not in EXTREMES | CLAMPS or not made:
+        return False
+    return flow[other] is None if isinstance(other, Tensor) else name in CLAMPS and other in FLOORS
 
 
 def is_residual(op: Op, values: list[Value], total: Value) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_meansparse.sites.dataflow import Value
+from lightning_meansparse.sites.dataflow import Value, Written
 from lightning_meansparse.sites.spots import Spot
 
 
@@ -41,6 +41,7 @@ class Call:
     module: nn.Module | None = None
     first_input: bool = True
     bit: int = 0
+    written: Written | None = None
 
 
 @dataclass(eq=False)

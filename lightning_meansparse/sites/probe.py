@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,27 +19,26 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_meansparse.sites import rules
 from lightning_meansparse.sites.activations import (
+    CLAMPS,
     CONTAINERS,
     EXTREMES,
     FUNCTIONS,
     is_activation,
     is_operator,
 )
-from lightning_meansparse.sites.dataflow import Flow, Value, is_residual
+from lightning_meansparse.sites.dataflow import (
+    Flow,
+    Value,
+    Written,
+    first_two,
+    is_residual,
+    rectifies,
+    written_out,
+)
 from lightning_meansparse.sites.events import Call, Frame, Place, Sum, Turn, tensors_in
 from lightning_meansparse.sites.provenance import Op
 from lightning_meansparse.sites.source import SUM, is_whole_sum
 from lightning_meansparse.sites.spots import Spot, function_spot, module_spot, sum_spot
-
-
-@lru_cache(maxsize=4096)
-def _facts(func: Any) -> tuple[str, bool]:
-    """Base name of an operation, and whether it is elementwise."""
-    name = func._schema.name.removeprefix("aten::")
-    if name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    name = name.removesuffix("_copy") or name
-    return name, rules.is_pointwise(func, name)
 
 
 class Probe(TorchDispatchMode):
@@ -101,7 +99,9 @@ class Probe(TorchDispatchMode):
             )
         for tensor in found:
             value = self.flow[tensor]
-            self._output_free |= value.free if value else 0
+            if value is not None:
+                self._output_free |= value.free
+                self.flow.uses[value] += 1
 
     def is_gate(self, call: Call) -> bool:
         """Whether an activation reaches the output only as a factor of other tensors."""
@@ -123,7 +123,7 @@ class Probe(TorchDispatchMode):
     ) -> Any:
         """Run one operation and pass the values of its inputs on to its outputs."""
         kwargs = kwargs or {}
-        name, pointwise = _facts(func)
+        name, pointwise = rules.facts(func)
         turn = None
         if name == SUM and not self._muted and is_whole_sum(*args[:2]):
             turn = self._turn(sum_spot, SUM)
@@ -160,7 +160,30 @@ class Probe(TorchDispatchMode):
                 self.flow.write_through(leaf._base, value)
         if call is not None:
             self.end(call, out)
+        elif not self._muted and steps:
+            written = written_out(op, values, steps[0])
+            if written is not None:
+                self._end_written(name, written, outs[0])
         return out
+
+    def _end_written(self, name: str, written: Written, output: Tensor) -> None:
+        """Note an activation that is written out, and that the calls in it are parts of it."""
+        parts = [call for call in self.calls if call.value in written.parts | {written.given}]
+        parts = [call for call in parts if self._is_part(call, written)]
+        for frame in self._frames:
+            frame.calls = [call for call in frame.calls if call not in parts]
+        self.calls = [call for call in self.calls if call not in parts]
+        turn = self._turn(lambda _: "it is written out", name)
+        kind = "+".join([*(call.kind for call in parts), name])
+        call = Call(next(self.flow.clock), turn, kind, written.given, written=written)
+        self.calls.append(call)
+        self._frames[-1].calls.append(call)
+        if written.given.total is not None:
+            self.sums[written.given.total].before_activation = True
+        self.end(call, output)
+
+    def _is_part(self, call: Call, written: Written) -> bool:
+        return any(call.bit & part.depends for part in written.parts)
 
     def _add_sum(self, turn: Turn, value: Value) -> Value:
         now = next(self.flow.clock)
@@ -302,7 +325,7 @@ class Probe(TorchDispatchMode):
             and all(is_operator(child) for child in frame.module.children())
             and frame.value is not None
             and value is not None
-            and value.root == frame.value.root
+            and (value.root == frame.value.root or _normalises(frame, value))
             and isinstance(output, Tensor)
             and output.shape == frame.shape
         )
@@ -345,11 +368,15 @@ class _Functions(TorchFunctionMode):
         probe = self.probe
         if probe._muted:
             return func(*args, **kwargs)
-        if name not in FUNCTIONS and not self._rectifies(name, args, kwargs):
-            if name in EXTREMES:
+        given, other = first_two(name, args, kwargs)
+        swapped = name in EXTREMES and rectifies(name, other, given, probe.flow)
+        if name not in FUNCTIONS and not (swapped or rectifies(name, given, other, probe.flow)):
+            if name in EXTREMES | CLAMPS:
                 probe._turn(function_spot, name)  # no activation, but the code calls it the same
             return func(*args, **kwargs)
-        call = probe.begin(name, args[0] if args else kwargs.get("input"))
+        call = probe.begin(name, other if swapped else given)
+        if call is not None:
+            call.first_input = not swapped
         probe._muted += 1
         try:
             output = func(*args, **kwargs)
@@ -359,16 +386,12 @@ class _Functions(TorchFunctionMode):
             probe.end(call, output)
         return output
 
-    def _rectifies(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is a rectifier by another name.
 
-        That is the maximum or minimum with what does not depend on the input (the threshold of
-        filter response normalisation).
-        """
-        second = args[1] if len(args) > 1 else None
-        return (
-            name in EXTREMES
-            and isinstance(second, Tensor)
-            and self.probe.flow[second] is None
-            and self.probe.flow[args[0]] is not None
-        )
+def _normalises(frame: Frame, value: Value) -> bool:
+    """Whether a module's result, `value`, is its own input activated and normalised (EvoNorm)."""
+    given = frame.value
+    return (
+        given is not None
+        and value.maker == given.maker
+        and [call.value for call in frame.calls if call.written] == [given]
+    )

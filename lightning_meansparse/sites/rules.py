@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -295,7 +296,8 @@ _RULES: dict[Rule, frozenset[str]] = {
     ),
     # Elementwise operations carry PyTorch's own `pointwise` tag; these few lack it.
     _pointwise: names(
-        "copy hardswish prelu _prelu_kernel log_sigmoid_forward log_sigmoid rrelu_with_noise"
+        "copy hardswish masked_fill prelu _prelu_kernel log_sigmoid_forward log_sigmoid "
+        "rrelu_with_noise"
     ),
 }
 PRODUCTS = _RULES[_matmul]
@@ -308,6 +310,17 @@ _TABLE: dict[str, Rule] = {name: rule for rule, group in _RULES.items() for name
 def is_pointwise(func: Any, name: str) -> bool:
     """Whether an operation acts on each value alone."""
     return torch.Tag.pointwise in func.tags or _TABLE.get(name) is _pointwise
+
+
+@lru_cache(maxsize=4096)
+def facts(func: Any) -> tuple[str, bool]:
+    """Base name of an operation, and whether it is elementwise."""
+    name = func._schema.name.removeprefix("aten::")
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    if name != "_to_copy":
+        name = name.removesuffix("_copy") or name
+    return name, is_pointwise(func, name)
 
 
 def is_known(func: Any, name: str) -> bool:
