@@ -667,10 +667,17 @@ def run_again(model):
     model.register_forward_hook(lambda m, args, out: (inner(torch.rand(1, 8, 2, 2)), out)[1])
 
 
+class Frozen(MeanSparse):
+    """Does nothing, whatever its statistics: `calibrate_` takes a forward of its own away again."""
+
+    def forward(self, x, **options):
+        return x
+
+
 def freeze(model):
     for module in model.modules():
         if isinstance(module, MeanSparse):
-            module.forward = lambda x, **options: x
+            module.__class__ = Frozen
 
 
 SABOTAGE = {

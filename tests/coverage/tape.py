@@ -37,10 +37,10 @@ ACTIVATIONS = words(
 HIDING = words("_addmm_activation _transformer_encoder_layer_fwd")
 """Fused operations with an activation inside."""
 
-BENT = words("abs erf exp clamp clamp_min clamp_max minimum maximum")
-"""Operations that make an activation where they multiply or divide what they were made from."""
+BENT = words("abs erf exp clamp clamp_min clamp_max minimum maximum gt ge lt le heaviside")
+"""Operations that make an activation where they meet what they were made from again."""
 
-SELF_GATING = words("mul div")
+SELF_GATING = words("mul div where masked_fill minimum maximum")
 """Operations in which an activation written by hand meets its own input: `x * sigmoid(x)`."""
 
 SAME = words("clone _to_copy detach alias lift_fresh contiguous positive")
@@ -49,7 +49,9 @@ SAME = words("clone _to_copy detach alias lift_fresh contiguous positive")
 TURNS = words("view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze")
 """Operations whose result holds every value of the input once, in another place."""
 
-_UNTAGGED = words("copy hardswish prelu _prelu_kernel log_sigmoid_forward rrelu_with_noise")
+_UNTAGGED = words(
+    "copy hardswish masked_fill prelu _prelu_kernel log_sigmoid_forward rrelu_with_noise"
+)
 _SHAPES_ONLY = words(
     """
     zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones
@@ -221,7 +223,7 @@ class Tape(TorchDispatchMode):
         for node in self.nodes:
             if not node.inside and is_self_gating(node):
                 inner = elementwise_ancestors(node)
-                bent = [n for n in inner if n.op in BENT and not n.inside]
+                bent = [n for n in inner | {node} if n.op in BENT and not n.inside]
                 if bent and not any(event.result in inner for event in self.events):
                     n = min(bent, key=lambda n: n.index)
                     self.events.append(Event(n.step, n.op, n.module, n.parents[0], n))
@@ -247,8 +249,8 @@ class Tape(TorchDispatchMode):
         passage, _ = self._inside.pop()
         node = self._node.get(id(output))
         if node is not None:
-            if node is passage.source:  # handed on as it is
-                node = self._put(output, "alias", (node,), elementwise=True)
+            if passage.source is not None:  # elementwise by contract, whatever it does inside
+                node = self._put(output, "alias", (passage.source,), elementwise=True)
             node.operator = self.passages.index(passage)
             passage.result = node
 
@@ -294,7 +296,7 @@ class Tape(TorchDispatchMode):
         elementwise = _is_elementwise(func) or name in SAME
         nodes = [self._put(t, name, parents, elementwise=elementwise) for t in results]
         for tensor in written:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and id(tensor) in self._node:
                 self._write_through(tensor)
         if name not in UNCOUNTED:
             self.steps[step] = Step(name, moving)
@@ -311,7 +313,7 @@ class Tape(TorchDispatchMode):
             return None
         if name in HIDING:
             return nodes[0].parents[0]
-        rectifies = name in ("clamp", "clamp_min") and len(args) > 1 and args[1] == 0
+        rectifies = name in ("clamp", "clamp_min") and len(args) > 1 and args[1] in (0, -1)
         rectifies |= name in ("maximum", "minimum") and len(moving) == 1  # FRN's threshold
         if not args[0].is_floating_point() or not (name in ACTIVATIONS or rectifies):
             return None
