@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_meansparse.adapter import load_adapter, read_adapter, save_adapter
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
+from lightning_meansparse.adapter.format import FORMAT_VERSION
 from lightning_meansparse.surgery import (
     alphas,
     calibrate_,
@@ -141,7 +142,7 @@ def test_what_a_newer_version_added_is_named_and_kept(tmp_path):
         read_adapter(again)
 
 
-# ------------------------------------------------------------------------ the promise to version 1
+# ----------------------------------------------------------------------- the promise to old files
 
 
 def test_version_1_is_read_for_ever(tmp_path):
@@ -168,6 +169,37 @@ def test_version_1_is_read_for_ever(tmp_path):
     calibrate_(measured, [images])
     for name, op in operators(measured).items():
         assert torch.allclose(op.var, stored[f"{name}.var"], rtol=1e-5)
+
+
+def test_version_2_is_read_for_ever(tmp_path):
+    old = Path(__file__).parent / "adapter_format_2"
+    net, images = exact()
+    adapter = load_adapter(net, old)
+    assert (adapter.source, adapter.revision) == ("timm/hf-hub:org/net", "abc")
+    assert (adapter.library, adapter.architecture) == ("timm", "Net")
+    assert adapter.options == {"num_classes": 3}
+    pixels = {"mean": [0.5], "std": [0.25], "bgr": False, "input_size": [1, 8, 8]}
+    assert adapter.pixels == pixels
+    assert adapter.calibration["revision"] == "v1"
+    assert adapter.evaluation["n"] == 16
+    assert adapter.alphas == (0.2, 0.12345679)
+    stored = load_file(old / TENSORS_NAME)
+    for name, op in operators(net).items():
+        assert torch.equal(op.mean, stored[f"{name}.mean"])
+        assert op.count == stored[f"{name}.count"] == {"act1@in": 576, "act2@in": 256}[name]
+        assert torch.equal(op.var, (stored[f"{name}.m2"] / op.count).float())
+    again = save_adapter(net, tmp_path)
+    written = load_file(again / TENSORS_NAME)
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], value) for name, value in stored.items())
+    fresh, _ = exact()
+    load_adapter(fresh, again)
+    assert torch.equal(fresh(images), net(images))
+
+
+def test_every_version_so_far_has_its_files():
+    kept = {f"adapter_format_{version}" for version in range(1, FORMAT_VERSION + 1)}
+    assert kept == {path.name for path in Path(__file__).parent.glob("adapter_format_*")}
 
 
 def test_adapters_in_the_documentation_are_read():
