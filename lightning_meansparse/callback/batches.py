@@ -29,6 +29,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_meansparse.data.stream import StreamPart
 from lightning_meansparse.surgery import images_in
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,14 @@ def given_data(
         part = islice(range(len(loader)), ranks.global_rank, max_batches, ranks.world_size)
         share = [loader[i] for i in part]
         return CalibrationData(origin, lambda: share, lambda: _first_batch(loader))
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, StreamPart):
+        limit = None if max_batches is None else max_batches * _batch_size(loader)
+        stream = loader.dataset.limited(limit)
+        return CalibrationData(
+            origin,
+            lambda: _streamed(loader, stream.for_rank(ranks.global_rank, ranks.world_size)),
+            lambda: _first_batch(_streamed(loader, stream.for_rank(0, 1))),
+        )
     raise TypeError(
         f"{origin}: {type(loader).__name__} cannot be shared among {ranks.world_size} processes "
         "without repeating samples. Give a DataLoader over a dataset with __len__ and __getitem__."
@@ -218,6 +227,12 @@ def _sharded(
         f"{origin}, {len(indices):,} samples",
         lambda: _loader(loader, share, workers=loader.num_workers),
         lambda: _first_batch(_loader(loader, indices[:2], workers=0)),
+    )
+
+
+def _streamed(like: DataLoader[Any], part: StreamPart) -> DataLoader[Any]:
+    return DataLoader(
+        part, like.batch_size, num_workers=like.num_workers, pin_memory=like.pin_memory
     )
 
 

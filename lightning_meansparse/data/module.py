@@ -325,9 +325,7 @@ class ImageDataModule(LightningDataModule):
         """Return the training part for statistics: without augmentation, unshuffled."""
         part = self._part("train")
         if isinstance(part, StreamPart):
-            first = copy.copy(part)
-            first.limit = part.limit if self.calibration is None else self.calibration
-            return self._loader(first)
+            return self._loader(part.limited(self.calibration))
         some = slice(self.calibration)
         return self._loader(
             ImagePart(part.pixels, part.places[some], part.rows[some], part.labels[some])

@@ -33,6 +33,7 @@ from lightning_meansparse.data.pixels import (
 from lightning_meansparse.data.sources import Request, Split, find_hugging_face, load
 
 _BUFFER = 1000  # coded images that are kept to draw from
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Stream:
 
     def __iter__(self) -> Iterator[tuple[Coded, Any]]:
         """Give the coded images and their labels, as stored."""
-        for row in self.data:
-            yield row[self.image], row[self.label]
+        # Not `for row in data`: in a loader's worker that is a part of the shards.
+        for rows in self.data.iter(batch_size=_TOGETHER):
+            yield from zip(rows[self.image], rows[self.label], strict=True)
 
     def collected(self, limit: int | None, *, holdout: tuple[float, int] | None = None) -> Split:
         """Keep the first images, coded, or of those the held-out ones.
@@ -170,6 +172,13 @@ class StreamPart(IterableDataset[tuple[Tensor, int]]):
         self.rank = rank
         self.epoch = 0
         self.expected: tuple[int, ...] | None = None
+
+    def limited(self, limit: int | None) -> StreamPart:
+        """The first images, at most so many; None for as many as it has."""
+        first = copy.copy(self)
+        known = [count for count in (self.limit, limit) if count is not None]
+        first.limit = min(known, default=None)
+        return first
 
     def for_rank(self, rank: int, world_size: int) -> StreamPart:
         """The share of one process, each image on one of them."""
