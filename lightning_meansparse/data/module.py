@@ -81,9 +81,8 @@ class ImageDataModule(LightningDataModule):
         test_split: Name of the test split; None for no test.
         streaming: Read the training images one after the other, without storing the data set (needs
             the `hf` extra). `holdout` must be a share; an image belongs to it by its content. The
-            held-out and test images are kept, so limit them by `limit_holdout` and `limit_test`;
-            they are drawn from the whole stream. Every process reads all of the stream and decodes
-            its share.
+            held-out and test images are kept, so limit them by `limit_holdout` and `limit_test`,
+            which draw from some of its shards. Every process reads all of it and decodes its share.
         skip_corrupt: Leave out images that cannot be decoded, and say which; else they are errors.
             This looks at every image once before it begins.
 
