@@ -26,7 +26,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Intermediate results are made for this many values at a time: they fit a cache, and no large
 # buffer is asked from the system and given back for every operator.
-_CHUNK = 2**19
+_CHUNK = 2**17
 
 
 def replace(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
@@ -34,6 +34,8 @@ def replace(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
 
     The exact derivative flows back through it: 1 where a value was kept, 0 inside the band.
     """
+    if mean.requires_grad or threshold.requires_grad:
+        return _as_laid_out(_formula(x, mean, threshold), x)
     if torch.is_grad_enabled() and x.requires_grad and _is_eager(x):
         result: Tensor = _Replace.apply(x, mean, threshold)
         return result
@@ -47,7 +49,7 @@ def replace_(x: Tensor, mean: Tensor, threshold: Tensor, *, clamped: bool = Fals
     pass only where it changed nothing, as ReLU does. What it leaves there then serves the backward
     pass as well as the result itself.
     """
-    if not _is_eager(x) or x._is_view():
+    if not _is_eager(x) or x._is_view() or mean.requires_grad or threshold.requires_grad:
         return x.copy_(replace(x, mean, threshold))
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _ReplaceInPlace.apply(x, mean, threshold, clamped)
@@ -77,23 +79,28 @@ def _write(x: Tensor, mean: Tensor, threshold: Tensor, out: Tensor) -> Tensor:
     bits = _INTEGERS[x.element_size()]
     center = mean.to(x.dtype).view(bits)
     rows = _rows(x, mean, threshold)
-    for part, target in zip(torch.split(x, rows), torch.split(out, rows), strict=True):
-        kept = _kept(part, mean, threshold)
+    parts = ((x, out),)
+    if rows < len(x):
+        parts = zip(torch.split(x, rows), torch.split(out, rows), strict=True)
+    for part, target in parts:
+        kept = _kept(part, mean, threshold, None if out is x else target)
         offset = part.view(bits) - center
         torch.mul(kept, offset, out=target.view(bits)).add_(center)
     return out
 
 
-def _kept(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
+def _kept(x: Tensor, mean: Tensor, threshold: Tensor, into: Tensor | None = None) -> Tensor:
     """1 outside the band and 0 inside, as integers as wide as the values of ``x``.
 
-    Distances have no sign, so their bits are ordered as they are, with NaN above everything.
+    Distances have no sign, so their bits are ordered as they are, with NaN above everything. The
+    memory of ``into`` is used where it serves.
     """
-    distance = (x.to(torch.result_type(x, mean)) - mean).abs_()
+    wide = torch.result_type(x, mean)
+    distance = torch.sub(x.to(wide), mean, out=into if wide == x.dtype else None).abs_()
     distance = distance.to(torch.result_type(distance, threshold))
-    wide = _INTEGERS[distance.element_size()]
-    limit = threshold.to(distance.dtype).nan_to_num(0.0, posinf=torch.inf).view(wide)
-    return distance.view(wide).ge_(limit).to(_INTEGERS[x.element_size()])
+    limit = threshold.to(distance.dtype).nan_to_num(0.0, posinf=torch.inf)
+    bits = _INTEGERS[distance.element_size()]
+    return distance.view(bits).ge_(limit.view(bits)).to(_INTEGERS[x.element_size()])
 
 
 class _Replace(torch.autograd.Function):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 
+from lightning_meansparse import kernels
 from lightning_meansparse.layer import MeanSparse, mean_sparse
 from tests import reference
 
@@ -43,6 +44,180 @@ def test_equals_the_published_formula_for_any_rank_and_channel_axes(
     np.testing.assert_array_equal(
         got.view(np.int32), reference.mean_sparse(x, mean, var, alpha).view(np.int32)
     )
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, np.inf, -np.inf, np.nan]
+
+
+@st.composite
+def at_the_edge(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, widths, and values that are special or within a few steps of a band's edge."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    channels = draw(st.integers(1, 4))
+    numbers = st.lists(st.sampled_from(SPECIAL[:-3]) | FLOATS, min_size=channels, max_size=channels)
+    mean = torch.tensor(draw(numbers)).view(-1, 1, 1)
+    width = torch.tensor(draw(numbers)).abs().view(-1, 1, 1)
+    values = [torch.tensor(SPECIAL).to(dtype).expand(channels, -1)]
+    for edge in (mean - width, mean + width, mean):
+        step = edge.to(dtype).view(channels, 1)
+        for _ in range(4):
+            values.append(step)
+            step = torch.nextafter(step, torch.tensor(torch.inf, dtype=dtype))
+    x = torch.cat(values, dim=1).view(channels, 1, -1).expand(3, -1, 2, -1)
+    return x, mean, width
+
+
+def published(x: Tensor, mean: Tensor, width: Tensor) -> Tensor:
+    return torch.where((x - mean).abs() < width, mean.to(x.dtype), x)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    raw = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(raw), b.contiguous().view(raw))
+
+
+LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "every second": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "expanded": lambda x: x,
+}
+
+
+@given(
+    case=at_the_edge(), layout=st.sampled_from(list(LAYOUTS)), chunk=st.sampled_from([20, 2**17])
+)
+def test_values_gradients_and_memory_are_the_formulas(
+    case: tuple[Tensor, Tensor, Tensor], layout: str, chunk: int
+) -> None:
+    x, mean, width = case
+    x = LAYOUTS[layout](x)
+    flow = torch.randn(x.shape).to(x.dtype)
+    flow[0, 0, 0, :2] = torch.tensor([torch.inf, torch.nan])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_CHUNK", chunk)
+        expected = published(x, mean, width)
+        assert same_bits(kernels.forward(x, mean, width), expected)
+        one, other = x.detach().requires_grad_(), x.detach().requires_grad_()
+        y = kernels.replace(one, mean, width)
+        assert same_bits(y.detach(), expected)
+        assert layout == "expanded" or y.stride() == x.stride()
+        (got,) = torch.autograd.grad(y, one, flow)
+        (wanted,) = torch.autograd.grad(published(other, mean, width), other, flow)
+        assert same_bits(got, wanted)
+        if layout != "expanded":
+            copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+            assert kernels.replace_(copied, mean, width) is copied
+            assert same_bits(copied, expected)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
+def test_in_place_gradients_are_those_out_of_place(act: type[nn.Module]) -> None:
+    op, x = operator()
+    grads = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        clamped = inplace and act in (nn.ReLU, nn.ReLU6)
+        y = act(inplace=inplace)(op(leaf * 3, inplace=inplace, clamped=clamped))
+        grads.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+    assert grads[0].any()
+    assert torch.equal(*grads)
+
+
+def test_a_result_that_is_overwritten_later_is_noticed() -> None:
+    op, x = operator()
+    leaf = x.clone().requires_grad_()
+    y = op(leaf * 3, inplace=True, clamped=True)
+    loss = y.sum()
+    y.detach().add_(1).mul_(2)
+    with pytest.raises(RuntimeError, match="overwritten before the backward pass"):
+        loss.backward()
+
+
+# Torch's own rules for tangents are scripted.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
+def test_double_backward_transforms_and_tangents_are_the_formulas() -> None:
+    op, x = operator()
+    op, x = op.double(), x.double()
+    width = op.alpha * op.var.sqrt()
+    assert torch.autograd.gradgradcheck(lambda v: op(v).square(), x[:1, :, :2, :2].requires_grad_())
+    x = x.detach()
+    assert torch.equal(torch.func.vmap(op)(x), op(x))
+    tangent = torch.randn_like(x)
+    _, got = torch.func.jvp(op, (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda v: published(v, op.mean, width), (x,), (tangent,))
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.func.grad(lambda v: op(v).square().sum())(x), 2 * op(x) * (op(x) == x))
+    with torch.autograd.forward_ad.dual_level():
+        dual = op(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+
+
+def test_the_backward_pass_keeps_the_output_alone() -> None:
+    op, x = operator()
+    kept: list[int] = []
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t
+    ):
+        y = op(x)
+    large = [p for p in kept if p in (x.data_ptr(), y.data_ptr())]
+    assert large == [y.data_ptr()]
+    assert len(kept) == 3, "the output, the means and the widths"
+
+
+def test_a_variance_that_is_no_number_lets_everything_through() -> None:
+    x = torch.tensor([0.0, -1.0, torch.inf])
+    assert torch.equal(mean_sparse(x, torch.zeros(3), torch.full((3,), torch.nan), 0.5), x)
+
+
+def test_gradients_reach_a_mean_that_wants_them() -> None:
+    mean = torch.zeros(3, requires_grad=True)
+    mean_sparse(torch.tensor([0.1, 5.0, 0.2]), mean, torch.ones(3), 0.5).sum().backward()
+    assert mean.grad is not None
+    assert mean.grad.tolist() == [1, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:the operator could not be compiled")
+def test_the_kernel_for_gpus_falls_back_to_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, x = operator()
+    expected = op(x)
+    monkeypatch.setattr(kernels, "_is_cpu", lambda _: False)
+    kernels._fused.cache_clear()
+
+    def broken(*_: object, **__: object) -> object:
+        def run(*_: object) -> object:
+            raise RuntimeError("no compiler here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        assert torch.equal(op(x), expected)
+    leaf = x.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="no compiler here"):
+        op(leaf).sum().backward()
+    assert torch.equal(leaf.grad, (expected == x).float())
+    kernels._fused.cache_clear()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_graphs_capture() -> None:
+    op, x = operator()
+    op, x = op.cuda(), x.cuda()
+    expected = op(x.clone())  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert op(x) is not None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op(x)
+    graph.replay()
+    assert torch.equal(y, expected)
+    assert torch.equal(y.cpu(), op.cpu()(x.cpu()))
 
 
 def test_the_comparison_is_strict() -> None:
