@@ -216,3 +216,14 @@ def test_version_1_does_not_have_the_keys_of_version_2(tmp_path):
     with pytest.warns(UserWarning, match=r"versions, base\.options"):
         adapter = read_adapter(folder)
     assert adapter.options is None
+
+
+def test_a_library_that_is_none_is_kept_and_not_looked_up(tmp_path):
+    net = sparse()
+    folder = save_adapter(net, tmp_path)
+    edit(folder, lambda c: c["base"].update(library=""))
+    fresh = base_of(net)
+    load_adapter(fresh, folder)
+    again = read_adapter(save_adapter(fresh, tmp_path / "again"))
+    assert again.library == ""
+    assert set(again.versions) == {"lightning_meansparse", "torch"}

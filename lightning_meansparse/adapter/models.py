@@ -252,7 +252,7 @@ def _versions(library: str | None) -> dict[str, str]:
     from lightning_meansparse import __version__
 
     versions = {"lightning_meansparse": __version__, "torch": str(torch.__version__)}
-    if library is not None:
+    if library and library in _LIBRARIES.values():  # a stranger's adapter may have named anything
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
     return versions
