@@ -353,6 +353,10 @@ def test_parts_of_different_models_do_not_go_together(tmp_path):
     (one / weights).write_bytes((other / weights).read_bytes())
     with pytest.raises(ValueError, match="made for another base"):
         AutoModel.from_pretrained(one)
+    (one / weights).unlink()
+    torch.save(vit().state_dict(), one / "pytorch_model.meansparse.bin")
+    with pytest.raises(OSError, match="no file named"):
+        AutoModel.from_pretrained(one)
     (other / "meansparse.safetensors").unlink()
     with pytest.raises(OSError, match=r"meansparse\.safetensors"):
         AutoModel.from_pretrained(other)

@@ -42,9 +42,10 @@ class MeanSparseForImageClassification:
             ValueError: If they are not sound, or made for other weights.
         """
         adapter = _adapter(name, config, kwargs)
-        variant = variant_of(kwargs.get("variant"))
+        # No pickle is opened in their stead.
+        weights = {"variant": variant_of(kwargs.get("variant")), "use_safetensors": True}
         loaded = AutoModelForImageClassification.from_pretrained(
-            name, *args, config=config.base_config, **{**kwargs, "variant": variant}
+            name, *args, config=config.base_config, **{**kwargs, **weights}
         )
         # With output_loading_info=True it is a pair.
         insert(loaded[0] if isinstance(loaded, tuple) else loaded, adapter)
