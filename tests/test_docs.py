@@ -165,9 +165,37 @@ def test_the_pages_say_what_the_smaller_records_say() -> None:
         points = 100 * fell["any of these"] / fell["n"]
         row = f"| {alpha} | {fell['standing']} | {fell['any of these']} | {points:.1f} points |"
         assert row in evaluation
+    before = json.loads((records / "before_narrowing.json").read_text())["alphas"].values()
+    left, fell = ([entry[key] for entry in before] for key in ("left by full", "fell to any"))
+    flat = " ".join(evaluation.split())
+    assert f"it left {left[0]} at α = 0.4 and {left[1]} at α = 0.2" in flat
+    assert f"of the 60 closest of these {fell[0]} and {fell[1]} fell to an idea" in flat
+    measured = sorted(records.glob("hostile_*.json"))
+    assert measured
+    for path in measured:
+        record = json.loads(path.read_text())
+        about, n = record["settings"], record["settings"]["n"]
+        for alpha, entry in record["alphas"].items():
+            known = set(entry.get("fell to full", ()))
+            fell = set().union(*(idea["fell"] for idea in entry["ideas"].values())) - known
+            assert len(fell) == entry["fell to any"]
+            where = f"| {about['network']} | {about['norm']} {about['eps']:g} | {alpha} "
+            left = sum(len(part["rows"]) for part in entry["batches"].values())
+            others = sum(p["after"]["adaptive-dlr-identity"] for p in entry["batches"].values())
+            numbers = (
+                f"| {n} | {left} | {len(fell)} | {100 * len(fell) / n:.1f} points | {others} |"
+            )
+            assert where + numbers in evaluation, path.name
     compared = json.loads((records / "agreement_l2.json").read_text())["summary"]
     for attack in ("apgd-ce", "apgd-t", "fab-t"):
         agreement = 100 * compared[attack]["ours / reference"]["agreement"]
         assert f"{agreement:.1f} %" in evaluation
     worst = compared["worst case"]["ours / reference"]
     assert worst["accuracy of the first"] <= worst["accuracy of the second"] + 0.005
+
+
+def test_the_performance_page_says_what_was_measured() -> None:
+    from tests.benchmarks.speed import page
+
+    assert len(list(page.RESULTS.glob("cpu-*.json"))) >= 4
+    assert page.table() in page.PAGE.read_text(), 'run make bench ARGS="--write", or page.write()'
