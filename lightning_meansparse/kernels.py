@@ -13,7 +13,7 @@ anyway, and neither the input nor a mask has to wait for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -79,7 +79,7 @@ def _write(x: Tensor, mean: Tensor, threshold: Tensor, out: Tensor) -> Tensor:
     bits = _INTEGERS[x.element_size()]
     center = mean.to(x.dtype).view(bits)
     rows = _rows(x, mean, threshold)
-    parts = ((x, out),)
+    parts: Iterable[tuple[Tensor, Tensor]] = ((x, out),)
     if rows < len(x):
         parts = zip(torch.split(x, rows), torch.split(out, rows), strict=True)
     for part, target in parts:
@@ -157,8 +157,11 @@ def _backward(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tenso
         return _slope(grad, y, mean, threshold)
     if not _is_cpu(y):
         return _fused(_slope)(grad, y, mean, threshold)
-    kept = _kept(y, mean, threshold)
-    return kept.mul_(grad.view(kept.dtype)).view(grad.dtype)
+    bits = _INTEGERS[y.element_size()]
+    center = mean.to(y.dtype).view((1,) * (y.dim() - mean.dim()) + mean.shape)
+    # Where even the mean would have been kept, the band is empty.
+    kept = (y.view(bits) - center.view(bits)).ne_(0).bitwise_or_(_kept(center, mean, threshold))
+    return kept.mul_(grad.view(bits)).view(grad.dtype)
 
 
 def _is_cpu(x: Tensor) -> bool:
