@@ -123,6 +123,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "no kind of statistics": (top(statistics=None), "statistics must be one of"),
     "no base": (top(base=None), "base must be a dict"),
     "no fingerprint": (base(fingerprint={}), "another base"),
+    "an unknown dtype": (base(dtype="loat32"), "dtype must be one of"),
     "a number for the source": (base(source=1), "source must be a str"),
     "a list for the options": (base(options=[]), "options must be a dict"),
     "no mean of the pixels": (base(pixels={}), "mean must be 1 to 4 numbers"),

@@ -20,7 +20,7 @@ from lightning_meansparse.surgery import operators
 Provenance = Literal["fresh", "stale", "unknown"]
 
 # From wide to narrow. A narrower copy of the same weights is recognised, see Fingerprint.matches.
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MARK = "_meansparse_measured_on"
 
 
@@ -79,7 +79,7 @@ class Fingerprint:
     hashes: Mapping[str, str]
 
     @staticmethod
-    def of(model: nn.Module, dtypes: tuple[str, ...] = tuple(_DTYPES)) -> Fingerprint:
+    def of(model: nn.Module, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Fingerprint:
         """Hash the weights of ``model``, once per dtype asked for.
 
         Raises:
@@ -97,7 +97,7 @@ class Fingerprint:
             value = value.detach().cpu()
             for dtype, digest in hashes.items():
                 digest.update(f"{name} {tuple(value.shape)}\n".encode())
-                digest.update(_bytes(value, _DTYPES[dtype]))
+                digest.update(_bytes(value, DTYPES[dtype]))
         return Fingerprint(
             _widest(model), {name: digest.hexdigest() for name, digest in hashes.items()}
         )

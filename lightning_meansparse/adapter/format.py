@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_meansparse.adapter.base import Fingerprint, hash_of
+from lightning_meansparse.adapter.base import DTYPES, Fingerprint, hash_of
 from lightning_meansparse.layer import Center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site
@@ -201,7 +201,7 @@ class Adapter:
             sites=sites,
             alphas=tuple(alpha for _, alpha in pairs),
             tensors=_upgraded(tensors),
-            fingerprint=Fingerprint(_get(base, "dtype", str, where), dict(hashes)),
+            fingerprint=Fingerprint(_choice(base, "dtype", tuple(DTYPES), where), dict(hashes)),
             center=_choice(config, "center", get_args(Center), where),
             statistics=_choice(config, "statistics", get_args(Statistics), where),
             versions=versions,
