@@ -1,0 +1,1 @@
+"""What the operator and the calibration cost, as ratios measured within one run."""
