@@ -218,6 +218,27 @@ def test_not_strict_leaves_them_out_with_one_warning():
     assert caught[0].filename == __file__  # it points at the caller
 
 
+class Namesakes(nn.Module):
+    """Calls `relu` in its own code, and before that in code that is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.unseen = lambda x: 2 * F.relu(x)
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return F.relu(self.conv(self.unseen(x)))
+
+
+def test_what_cannot_be_reached_is_not_hidden_by_a_namesake_that_can():
+    net = Net(lambda m, x: m.block(x), block=Namesakes())
+    with pytest.raises(UnreachableSitesError, match=r"^1 wanted") as error:
+        find_sites(net, IMAGES)
+    assert error.value.names == ("block::relu[0]@in",)
+    with pytest.warns(UserWarning, match="1 wanted"):
+        assert list(found(net, strict=False)) == ["block::relu[0]@in"]
+
+
 def test_nothing_reachable_is_an_error_even_when_not_strict():
     with pytest.raises(UnreachableSitesError, match=r"::relu\[0\]@in"):
         find_sites(Net(lambda m, x: F.relu(x)), IMAGES, strict=False)

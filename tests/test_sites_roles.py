@@ -219,6 +219,18 @@ def test_a_gate_of_a_map_with_one_position_alone_is_an_activation():
     assert roles(net, IMAGES) == {"act@in": "activation"}
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_what_gates_once_and_activates_once_is_an_activation(gate_first):
+    block = Wrapped(lambda m, x: m.act(m.conv(x)), act=nn.Sigmoid(), conv=nn.Conv2d(8, 8, 1))
+
+    def code(m, x):
+        x = x * m.block(x) if gate_first else m.block(x)
+        return m.conv(m.block(x) if gate_first else x * m.block(x))
+
+    net = Net(code, block=block, conv=nn.Conv2d(8, 8, 1))
+    assert roles(net) == {"block.act@in": "activation"}
+
+
 def test_attention_scores_and_their_bias_are_no_residual_sum():
     model = timm.create_model("halonet26t").eval()
     found = roles(model, torch.rand(1, 3, 256, 256), where="activations+residual")

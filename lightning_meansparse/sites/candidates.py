@@ -36,16 +36,19 @@ class Candidate:
 
 
 def candidates(probe: Probe) -> list[Candidate]:
-    """Every place that has a name, in execution order, each name once."""
-    found: dict[str, Candidate] = {}
+    """Every place that has a name, in execution order, each once.
+
+    A call that cannot be reached may have the name of one that can: code that is not seen gives its
+    calls no names.
+    """
+    found: dict[tuple[str, str | None], Candidate] = {}
     roles = [_made(_of_call(probe, call), call.value) for call in probe.calls]
     sums = [total for total in probe.sums.values() if not total.before_activation]
     roles += [_made(_of_sum(probe, total), total.value) for total in sums]
     others = [_of_place(probe, p, "other") for p in probe.places if p.module not in probe.repeated]
-    # Those that can be reached come first: names that the code does not give must not take theirs.
-    for candidate in sorted(roles, key=lambda c: c.obstacle is not None) + others:
-        name = str(candidate.site)
-        found[name] = _joined(found[name], candidate) if name in found else candidate
+    for candidate in roles + others:
+        key = str(candidate.site), candidate.obstacle
+        found[key] = _joined(found[key], candidate) if key in found else candidate
     return sorted(found.values(), key=lambda candidate: candidate.time)
 
 
@@ -55,7 +58,11 @@ def _made(candidate: Candidate, value: Value) -> Candidate:
 
 def _joined(first: Candidate, again: Candidate) -> Candidate:
     """One place that a repeated owner comes to several times, or that has several roles."""
-    if again.site.role == "other" or again.obstacle or first.site.shape == again.site.shape:
+    if again.site.role == "other":
+        return first
+    if (first.site.role, again.site.role) == ("gate", "activation"):
+        first = replace(first, site=replace(first.site, role="activation"))
+    if first.site.shape == again.site.shape:
         return first
     shapes = f"{first.site.shape} and {again.site.shape}"
     return replace(

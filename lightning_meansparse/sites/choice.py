@@ -43,21 +43,21 @@ def select(found: list[Candidate], where: Where) -> list[Candidate]:
 
 def _matching(found: list[Candidate], globs: list[str]) -> list[Candidate]:
     names = [str(c.site) for c in found]
-    chosen: set[str] = set()
+    chosen: set[Candidate] = set()
     for glob in globs:
         words = glob.split("+")
         if set(words) <= set(_ROLES):
             roles = [_ROLES[word] for word in words]
-            chosen.update(str(c.site) for c in found if c.site.role in roles)
+            chosen.update(c for c in found if c.site.role in roles)
             continue
-        hits = match(glob, names)
+        hits = set(match(glob, names))
         if not hits:
             raise ValueError(
                 f"where: {glob!r} matches none of the {len(names)} places of this model. "
                 f"Close names: {', '.join(_close(glob, names))}."
             )
-        chosen.update(hits)
-    return [c for c in found if str(c.site) in chosen]
+        chosen.update(c for c in found if str(c.site) in hits)
+    return [c for c in found if c in chosen]
 
 
 def _close(glob: str, names: list[str]) -> list[str]:

@@ -78,8 +78,10 @@ def survey(model: nn.Module, example: Example) -> Survey:
     found = candidates(probe)
     again = _probe_again(model, inputs)
     if again is not None:
-        second = {str(candidate.site): candidate for candidate in candidates(again)}
-        found = [_compared(candidate, second.get(str(candidate.site))) for candidate in found]
+        second: dict[str, list[Candidate]] = {}
+        for candidate in candidates(again):
+            second.setdefault(str(candidate.site), []).append(candidate)
+        found = [_compared(c, _counterpart(c, second.get(str(c.site), []))) for c in found]
     return Survey(tuple(found), tuple(probe.constants), tuple(probe.idle()))
 
 
@@ -108,6 +110,12 @@ def _probe_again(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe | None
         except Exception as error:  # whatever a model raises at a size that it does not take
             _log.debug("no second probe with images larger by %d pixels: %s", grow, error)
     return None
+
+
+def _counterpart(candidate: Candidate, others: list[Candidate]) -> Candidate | None:
+    """Which of the second probe's candidates of the same name is meant."""
+    alike = [other for other in others if other.obstacle == candidate.obstacle]
+    return next(iter(alike + others), None)
 
 
 def _compared(candidate: Candidate, other: Candidate | None) -> Candidate:
