@@ -67,8 +67,8 @@ DOZEN: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "timm convnext": (timm_model("convnext_atto"), 64, 12, 0),
     # F.relu in a helper method of 2 + 4 + 3 linear attentions
     "timm mobilevitv2": (timm_model("mobilevitv2_050"), 64, 34, 9),
-    # x.sigmoid() inside EvoNorm
-    "timm regnetz_evos": (timm_model("regnetz_c16_evos"), 64, 46, 46),
+    # EvoNorm writes its activation out, so its site is the border of a module
+    "timm regnetz_evos": (timm_model("regnetz_c16_evos"), 64, 46, 0),
     "hf vit": (
         lambda: Logits(
             "ViT",
