@@ -121,6 +121,7 @@ def test_rectifiers_by_other_names_are_reached(how):
     [
         lambda m, x: m.last(x.clamp(min=1e-6)),  # guards against a division by zero
         lambda m, x: m.last(x.clamp(max=6)),
+        lambda m, x: m.last(x.clamp(m.bound - 1, m.bound + 1)),  # learned, as for quantization
         lambda m, x: m.last(x * x),  # a power does not bend
         lambda m, x: m.last(x / x.norm(dim=1, keepdim=True).clamp(min=1e-6)),
         lambda m, x: m.last(x * torch.ones_like(x).gt(0)),
@@ -128,6 +129,7 @@ def test_rectifiers_by_other_names_are_reached(how):
 )
 def test_what_is_no_activation(code):
     net = Net(lambda m, x: m.act(code(m, x)), act=nn.ReLU(), last=nn.Conv2d(8, 4, 1))
+    net.bound = nn.Parameter(torch.zeros(()))
     assert roles(net) == {"act@in": "activation"}
 
 

@@ -262,9 +262,11 @@ def rectifies(name: str, given: Any, other: Any, flow: Flow) -> bool:
     """
     value = flow[given]
     made = value is not None and value.maker[0] > 0 and given.is_floating_point()
-    if name not in EXTREMES | CLAMPS or not made:
+    if not made:
         return False
-    return flow[other] is None if isinstance(other, Tensor) else name in CLAMPS and other in FLOORS
+    if isinstance(other, Tensor):  # a clamp to learned bounds keeps a range and is none either
+        return name in EXTREMES and flow[other] is None
+    return name in CLAMPS and other in FLOORS
 
 
 def is_residual(op: Op, values: list[Value], total: Value) -> bool:
