@@ -1,5 +1,6 @@
 """What is wrong with an adapter or a model is said before the model is touched."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -104,6 +105,17 @@ def test_symlinks_as_in_the_hubs_cache_are_followed(tmp_path):
     fresh = base_of(net)
     load_adapter(fresh, tmp_path / "snapshot")
     assert_same(net, fresh)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_or_an_archive(tmp_path, length):
+    folder = save_adapter(sparse(), tmp_path)
+    data = (folder / TENSORS_NAME).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    data = length.to_bytes(8, "little") + data[8:start].ljust(length) + data[start:]
+    (folder / TENSORS_NAME).write_bytes(data)
+    edit(folder, lambda config: config.update(tensors_sha256=hashlib.sha256(data).hexdigest()))
+    assert read_adapter(folder).sites == SITES
 
 
 def test_truncated_files_anywhere(tmp_path):
