@@ -423,6 +423,15 @@ def test_markdown_holds_the_verdict_and_both_tables(sweep: Path) -> None:
     assert sum("**0.1** (chosen)" in line for line in tables) == 2
 
 
+def test_markdown_takes_no_markup_from_what_is_said_of_the_records(sweep: Path) -> None:
+    sources = read_sources(sweep)
+    found = replace(find(sources.table, sources.metadata), sentence=HOSTILE, notes=(HOSTILE,))
+    verdict = render_markdown(sources, found).split("\n\n")[1]
+    assert verdict.startswith("**Real gain**: ")
+    assert verdict.count("script") == 4
+    assert not re.search(r"(?<!\\)[<`$|]", verdict)
+
+
 def test_inlined_drawings_do_not_clash() -> None:
     text = (
         '<?xml version="1.0"?><svg xmlns:xlink="http://www.w3.org/1999/xlink" width="1pt" '

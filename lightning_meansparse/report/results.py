@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from lightning_meansparse.report.cells import (
     P_NOTE,
@@ -24,18 +25,21 @@ from lightning_meansparse.report.sources import Sources
 
 def render_markdown(sources: Sources, findings: Findings) -> str:
     """Returns title, verdict, flags and one table per stage, the reported one first."""
-    verdict = " ".join([f"**{findings.headline}**: {findings.sentence}", *findings.notes])
-    parts = [f"# {plain(title(sources))}", signs(verdict)]
+    told = " ".join([findings.sentence, *findings.notes])
+    parts = [f"# {plain(title(sources))}", f"**{findings.headline}**: {plain(signs(told))}"]
     raised = (
-        f"- **{signs(flag_head(flag))}**: {signs(plain(flag.seen))} See `{flag.read_on}`."
+        f"- **{plain(signs(flag_head(flag)))}**: {plain(signs(flag.seen))} See `{flag.read_on}`."
         for flag in findings.raised
     )
-    parts += filter(None, ["\n".join(raised), *map(capital, quiet_flags(findings))])
+    quiet = (plain(capital(line)) for line in quiet_flags(findings))
+    parts += filter(None, ["\n".join(raised), *quiet])
     for stage in findings.in_order:
         parts.append(f"## {plain(capital(stage_label(findings, stage)))}")
         parts.append(_results(findings, stage))
     if len(findings.in_order) > len(findings.stages):
-        parts += ["## Model evaluations, round by round", table(*cost_columns(sources.table))]
+        named, *costs = cost_columns(sources.table)
+        named = replace(named, texts=tuple(map(plain, named.texts)))
+        parts += ["## Model evaluations, round by round", table(named, *costs)]
     parts.append(
         "Accuracies in percent, after each attack and all before it; intervals are Wilson 95%; the "
         f"gain is paired with the base model (α = 0) under the same attacks. {P_NOTE} Made by "
