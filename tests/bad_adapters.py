@@ -51,6 +51,15 @@ def twice(folder: Path) -> None:
     path.write_text(path.read_text().replace("{", '{"center": "zero",', 1))
 
 
+def tensor_twice(folder: Path) -> None:
+    path = folder / TENSORS_NAME
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    again = b'{"act1@in.mean":{"dtype":"F32","shape":[4,1,1],"data_offsets":[0,16]},'
+    header = again + data[9:end]
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
 def pipe(folder: Path) -> None:
     (folder / TENSORS_NAME).unlink()
     os.mkfifo(folder / TENSORS_NAME)
@@ -141,6 +150,11 @@ BAD: dict[str, tuple[Damage, str]] = {
     "no mean": (tensors(lambda t: t.pop("act1@in.mean")), "missing act1@in.mean"),
     "no count": (tensors(lambda t: t.pop("act1@in.count")), "missing act1@in.count"),
     "a tensor too many": (tensors(lambda t: t.update(x=torch.ones(1))), "too many x"),
+    "a tensor twice": (tensor_twice, "the key 'act1@in.mean' stands there twice"),
+    "a tensor of an invisible name": (
+        tensors(lambda t: t.update({"x\u202e\x1b[2J\n": torch.ones(1)})),
+        r"too many x\\u202e\\x1b\[2J\\n\.",
+    ),
     "a path for a tensor": (
         tensors(lambda t: t.update({"../x": torch.ones(1)})),
         r"too many \.\./x",

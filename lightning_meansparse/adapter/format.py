@@ -343,7 +343,7 @@ def _known(
 def _shown(path: Path) -> str:
     """``sites[1].gain`` for ``("sites", 1, "gain")``."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return "".join(steps).removeprefix(".")[:80]
+    return "".join(steps).removeprefix(".")
 
 
 def _get(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
@@ -368,5 +368,10 @@ def _plain(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(name[:80] for name in names[:4])
+    """The first names, with escapes for what a terminal would not show as it is."""
+    shown = ", ".join(_printable(name[:80]) for name in names[:4])
     return (shown + (f" … ({len(names)} in all)" if names[4:] else "")) or "none"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
