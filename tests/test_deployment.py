@@ -1,5 +1,6 @@
 """Exported files give the model's logits, take any batch, and say what they are."""
 
+import copy
 import json
 
 import numpy as np
@@ -148,6 +149,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path, mo
     for model, options, error, message in (
         (classifier.model, {}, TypeError, "has 0. Make one, which knows the normalisation"),
         (torch.nn.ModuleList([classifier, bare]), {}, TypeError, "has 2"),
+        (classifier, {"input_size": 16}, ValueError, "input_size must be"),
         (bare, {}, ValueError, "no MeanSparse operators"),
         (classifier, {"format": "coreml"}, ValueError, "format must be"),
         (classifier, {"alpha": -1.0}, ValueError, "alpha must be"),
@@ -185,6 +187,48 @@ def test_a_file_with_other_logits_is_not_kept(tmp_path, monkeypatch):
         export(classifier, file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(("edges", "kept"), [(5, True), (6, False)])
+def test_activations_on_the_edge_of_their_band_are_no_fault_of_the_file(
+    edges, kept, tmp_path, monkeypatch
+):
+    classifier, _ = sparse(vit)
+    load = torch.export.load
+    shown = 0
+
+    def elsewhere(*args, **kwargs):
+        class Rounded:
+            def module(self):
+                return self
+
+            def __call__(self, pixels):
+                nonlocal shown
+                logits = load(*args, **kwargs).module()(pixels)
+                numbers = torch.arange(shown, shown + len(pixels))
+                shown += len(pixels)
+                return logits + 0.01 * (numbers < edges)[:, None]
+
+        return Rounded()
+
+    monkeypatch.setattr(torch.export, "load", elsewhere)
+    if kept:
+        export(classifier, tmp_path / "model.pt2")
+    else:
+        with pytest.raises(RuntimeError, match="gives other logits"):
+            export(classifier, tmp_path / "model.pt2")
+    assert shown == 8
+
+
+def test_in_half_precision_the_file_is_as_exact_as_the_model(tmp_path):
+    classifier, images = sparse(resnet)
+    set_alpha(classifier, 0.0)  # no band, no edges
+    classifier.half()
+    found = onnx_logits(export(classifier, tmp_path / "model.onnx"), images)
+    exact = logits_of(copy.deepcopy(classifier).double(), images)
+    own = (logits_of(classifier, images) - exact).abs().max()
+    assert own > 1e-5 * max(1, exact.abs().max())
+    assert (found - exact).abs().max() < 4 * own
 
 
 def test_the_command(in_tmp_path, capsys):

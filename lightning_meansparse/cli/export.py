@@ -39,4 +39,4 @@ def run(args: Sequence[str]) -> None:
             input_size=given.input_size,
         )
     size = path.stat().st_size / 1e6
-    console.print(f"{path} ({size:,.1f} MB): the same logits as the model's", soft_wrap=True)
+    console.print(f"{path} ({size:,.1f} MB), checked against the model", soft_wrap=True)
