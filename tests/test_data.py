@@ -518,6 +518,9 @@ def broken(**changes):
         ({"batch_size": 0}, ValueError, "batch_size must be"),
         ({"channels": 2}, ValueError, "channels must be"),
         ({"size": 0}, ValueError, "size must be"),
+        ({"size": (8,)}, ValueError, "size must be"),
+        ({"size": (8.0, 8.0)}, ValueError, "size must be"),
+        ({"revision": "main"}, ValueError, "revision='main' is for the Hub"),
     ],
 )
 def test_wrong_arguments(options, error, message) -> None:

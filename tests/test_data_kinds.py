@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -52,6 +53,8 @@ def test_columns_are_found_where_there_is_one_and_asked_for_where_there_are_more
     again = ImageDataModule(loaded, test_split=None)
     again.setup()
     assert again.fingerprint == expected.fingerprint
+    with pytest.raises(ValueError, match="label_key='img' .* is a column of images"):
+        ImageDataModule(tmp_path, test_split=None, label_key="img").setup()
     # A second candidate: then it is asked.
     stored = pq.read_table(path)
     two = stored.append_column("photo", stored.column("img"))
@@ -62,6 +65,28 @@ def test_columns_are_found_where_there_is_one_and_asked_for_where_there_are_more
     chosen = ImageDataModule(tmp_path, test_split=None, image_key="photo")
     chosen.setup()
     assert chosen.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_files_need_no_metadata_however_they_are_read(struct, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.0)
+    coded = [png(np.full((4, 4), 10 * i, np.uint8)) for i in range(20)]
+    column = [{"bytes": each, "path": None} for each in coded] if struct else coded
+    table = pa.table({"image": column, "label": ["cat", "dog"] * 10})
+    pq.write_table(table, tmp_path / "train.parquet")
+
+    def pixels(**options):
+        data = ImageDataModule(tmp_path, test_split=None, holdout=0.25, **options)
+        data.setup()
+        assert data.class_names == ["cat", "dog"]
+        parts = [data.parts[part] for part in ("train", "holdout")]
+        return sorted((y, x.numpy().tobytes()) for part in parts for x, y in part)
+
+    small = pixels()
+    assert len(small) == 20
+    assert pixels(streaming=True, class_names=["cat", "dog"]) == small
+    monkeypatch.setattr("lightning_meansparse.data.sources.MEMORY_LIMIT", 0)
+    assert pixels() == small
 
 
 # --- Classes ------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def find_columns(
             )
         else:
             found.append(key)
+    if kinds[found[1]] == "image":
+        raise ValueError(f"label_key={found[1]!r} of split {split!r} is a column of images")
     return found[0], found[1]
 
 
@@ -88,7 +90,9 @@ def kinds_of_features(features: Mapping[str, Any]) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for name, feature in features.items():
         dtype = str(getattr(feature, "dtype", ""))
-        if isinstance(feature, datasets.Image):
+        # Files without Hugging Face's metadata hold images as bytes, plain or in a struct.
+        coded = dtype.endswith("binary") or (isinstance(feature, Mapping) and "bytes" in feature)
+        if isinstance(feature, datasets.Image) or coded:
             kinds[name] = "image"
         elif isinstance(feature, datasets.ClassLabel):
             kinds[name] = "classes"

@@ -142,10 +142,10 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if channels is not None and channels not in get_args(Channels):
             raise ValueError(f"channels must be 1, 3, 4 or None, got {channels}")
-        sides = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        sides = None if size is None else (size,) * 2 if isinstance(size, int) else tuple(size)
         if size is not None and classifier is not None:
             raise ValueError("size and classifier both say how large images are; give one of them")
-        if sides is not None and (sides[2:] or min(sides, default=0) < 1):
+        if sides is not None and [type(n) is int and n > 0 for n in sides] != [True, True]:
             raise ValueError(f"size must be a positive int or (height, width), got {size!r}")
         self.dataset = dataset
         self.request = Request(
@@ -191,6 +191,9 @@ class ImageDataModule(LightningDataModule):
         """
         if self.parts:
             return
+        on_hub = isinstance(self.dataset, str) and not is_local(self.dataset)
+        if (revision := self.request.revision) is not None and not on_hub:
+            raise ValueError(f"revision={revision!r} is for the Hub, and dataset is a local one")
         classifier = None if self.classifier is None else named(self.classifier)
         request = self.request
         if classifier is not None:

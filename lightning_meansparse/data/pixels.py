@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
@@ -92,6 +92,8 @@ class Decoder:
         except Exception as error:  # of many kinds: OSError, SyntaxError, struct.error, …
             path = None if coded is None else coded.get("path")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, UnidentifiedImageError):  # which shows an address in memory
+                reason = "it is no image of a kind that Pillow knows"
             raise CorruptImageError(
                 f"{where}{f' ({path})' if path else ''} cannot be decoded: {reason}. Repair it or "
                 "remove it, or leave such images out by skip_corrupt=True"

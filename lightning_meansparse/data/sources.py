@@ -395,4 +395,5 @@ def find_hugging_face(data: Any, split: str, request: Request) -> Columns:
             f"got {image}; mend it with cast_column({image_key!r}, datasets.Image())"
         )
     names = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
-    return Columns(image_key, label_key, datasets.Image(mode=image.mode).decode_example, names)
+    mode = getattr(image, "mode", None)
+    return Columns(image_key, label_key, datasets.Image(mode=mode).decode_example, names)
