@@ -53,7 +53,7 @@ def test_columns_are_found_where_there_is_one_and_asked_for_where_there_are_more
     again = ImageDataModule(loaded, test_split=None)
     again.setup()
     assert again.fingerprint == expected.fingerprint
-    with pytest.raises(ValueError, match="label_key='img' .* is a column of images"):
+    with pytest.raises(ValueError, match=r"label_key='img' .* is a column of images"):
         ImageDataModule(tmp_path, test_split=None, label_key="img").setup()
     # A second candidate: then it is asked.
     stored = pq.read_table(path)
