@@ -327,6 +327,9 @@ def test_repositories_that_hold_something_else(hub):
         ({"options": {"attn_implementation": "org/kernel"}}, "needs attn_implementation"),
         ({"source": "timm/hf-hub:org/gone"}, "could not be fetched"),
         ({"revision": "0" * 40}, "could not be fetched"),
+        ({"revision": "../../x"}, r"at revision '\.\./\.\./x', which is not fetched"),
+        ({"source": "timm/hf-hub:org/convnext@../x", "revision": None}, "which is not fetched"),
+        ({"options": {"img_size": [8, 8]}}, r"with the options that the adapter names \(img_size"),
         ({"source": "meansparse/org/sparse", "revision": None}, "holds no"),
     ],
 )

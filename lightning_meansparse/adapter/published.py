@@ -102,8 +102,10 @@ def _base(adapter: Adapter, name: str) -> Classifier:
     source, options = adapter.source or "", dict(adapter.options or {})
     library = source.partition("/")[0]
     strange = sorted(options.keys() - _OPTIONS)
-    if not is_public(source) or strange:
+    revision = adapter.revision or source.partition("@")[2]
+    if not is_public(source) or strange or ".." in revision:
         says = f"needs {', '.join(strange)}" if strange else f"is called {adapter.source!r}"
+        says += f" at revision {revision!r:.80}" if ".." in revision else ""
         raise ValueError(
             f"{name}: its base {says}, which is not fetched for an adapter. Load the base as its "
             "author says, then use load_adapter(classifier, ...). Authors: save_adapter(..., "
@@ -122,12 +124,17 @@ def _base(adapter: Adapter, name: str) -> Classifier:
 def _load(source: str, adapter: Adapter, name: str, options: Mapping[str, Any]) -> Classifier:
     """A base from its library, with the normalisation that the statistics were measured with."""
     pixels = adapter.pixels
-    if pixels is None:
-        return load_classifier(source, **options)
-    numbers = {key: pixels[key] for key in ("mean", "std", "input_size")}
-    classifier = load_classifier(source, **numbers, **options)
-    classifier.bgr = pixels["bgr"]
-    classifier.normalisation = f"the adapter {name}"
+    numbers = {key: pixels[key] for key in ("mean", "std", "input_size")} if pixels else {}
+    try:
+        classifier = load_classifier(source, **numbers, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: its base {adapter.source!r} cannot be loaded with the options that the "
+            f"adapter names ({', '.join(adapter.options or {})}): {error}"
+        ) from error
+    if pixels:
+        classifier.bgr = pixels["bgr"]
+        classifier.normalisation = f"the adapter {name}"
     return classifier
 
 
