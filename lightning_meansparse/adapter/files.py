@@ -68,7 +68,7 @@ def write_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"directory: {folder} is a file. Name a folder to write into.")
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(folder, {TENSORS_NAME: data, CONFIG_NAME: text.encode()})
+    replace_files(folder, {TENSORS_NAME: data, CONFIG_NAME: text.encode()})
     return folder
 
 
@@ -100,7 +100,7 @@ def _open_checkpoint(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write every file under a temporary name, then move them into place in the given order."""
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:

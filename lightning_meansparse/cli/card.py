@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ def run(args: Sequence[str]) -> None:
     given = words.parse_args(args)
 
     from lightning_meansparse.adapter import read_adapter
+    from lightning_meansparse.adapter.files import replace_files
     from lightning_meansparse.card import model_card
     from lightning_meansparse.cli.console import make_console
 
@@ -35,10 +35,5 @@ def run(args: Sequence[str]) -> None:
     path = Path(given.output) if given.output else folder / "README.md"
     if not given.output and path.exists() and _SIGNED not in path.read_text(encoding="utf-8"):
         raise FileExistsError(f"{path} was not written by this command; name another by --output")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(card, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_files(path.parent, {path.name: card.encode()})
     make_console().print(f"card: {path}", soft_wrap=True)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_meansparse.adapter.files import replace_files
+
 
 def check_folder(folder: Path, name: str) -> None:
     """Make a folder and see that it can be written to, before hours of work.
@@ -29,13 +31,8 @@ def check_folder(folder: Path, name: str) -> None:
 
 def write_file(content: bytes, path: Path) -> None:
     """Write a file in one step: whoever is killed meanwhile leaves the old one as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_files(path.parent, {path.name: content})
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
