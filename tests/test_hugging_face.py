@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -113,12 +114,19 @@ def contents(folder):
 
 def test_through_the_hub_with_labels_and_image_processor(hub, logged_in, tmp_path):
     model = sparse(vit())
-    folder_of(model, tmp_path / "vit", push_to_hub="org/vit")
+    folder_of(model, tmp_path / "vit", push_to_hub="org/vit", license="mit")
     assert hub.history("org/vit")[0] != "initial commit"
     assert len(hub.history("org/vit")) == 2, "all files in one commit"
     card = ModelCard.load("org/vit")
-    assert card.data.library_name == "transformers"
+    assert (card.data.library_name, card.data.license) == ("transformers", "mit")
     assert "Robustness was not evaluated" in card.text
+    place: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        exec(code, place)
+    assert place["images"].shape == (1, 3, SIDE, SIDE)
+    seen = model(2 * place["images"] - 1).logits
+    assert torch.allclose(place["logits"], seen, atol=1e-6)
+    assert place["classify"](PHOTO)
     loaded = AutoModel.from_pretrained("org/vit")
     assert isinstance(loaded, transformers.ViTForImageClassification)
     assert torch.equal(logits_of(loaded), logits_of(model))

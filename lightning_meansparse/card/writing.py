@@ -243,13 +243,15 @@ def _how_to_load(adapter: Adapter, repo_id: str | None, library_name: str) -> It
             f"load_adapter(model, {_quoted(repo_id or _HERE)})",
         )
         return
-    size = (adapter.pixels or {}).get("input_size") or (3, 224, 224)
+    size = "*classifier.input_size"
+    if adapter.pixels is not None:
+        size = ", ".join(map(str, adapter.pixels.get("input_size") or (3, 224, 224)))
     yield _python(
         "import torch",
         "from lightning_meansparse import load_classifier",
         "",
         f"classifier = load_classifier({_quoted(f'meansparse/{repo_id}' if repo_id else _HERE)})",
-        f"images = torch.rand(1, {', '.join(map(str, size))})  # pixels in [0, 1], not normalised",
+        f"images = torch.rand(1, {size})  # pixels in [0, 1], not normalised",
         "with torch.no_grad():",
         "    logits = classifier(images)",
     )

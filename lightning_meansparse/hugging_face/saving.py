@@ -45,6 +45,7 @@ def save_pretrained(
     records: str | os.PathLike[str] | None = None,
     calibration: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    license: str | None = None,
     push_to_hub: str | None = None,
     token: str | bool | None = None,
     private: bool | None = None,
@@ -76,6 +77,7 @@ def save_pretrained(
             evaluated.
         calibration: Facts about the calibration data, see `save_adapter`.
         evaluation: Measured results, see `save_adapter`.
+        license: For the card, as the Hub names it, such as ``"apache-2.0"``.
         push_to_hub: Id of a repository on the Hub, ``"org/name"``, that the folder is uploaded to;
             made if there is none.
         token: For the Hub; None takes the one that ``hf auth login`` stored.
@@ -125,7 +127,12 @@ def save_pretrained(
         )
     library = "timm" if of_timm else "transformers"
     card = model_card(
-        adapter, repo_id=push_to_hub, records=records, relation="finetune", library_name=library
+        adapter,
+        repo_id=push_to_hub,
+        records=records,
+        relation="finetune",
+        library_name=library,
+        license=license,
     )
     if not of_timm:
         _require_classifier(network)
