@@ -157,7 +157,7 @@ def reshaped(model: nn.Module, soft: Callable[[MeanSparse, Tensor], Tensor]) -> 
     """Replace what every operator computes inside the ``with`` block."""
     found = list(operators(model).values())
     for op in found:
-        op.forward = lambda x, inplace=False, op=op: soft(op, x)  # type: ignore[method-assign,misc]
+        op.forward = lambda x, op=op, **how: soft(op, x)  # type: ignore[method-assign,misc]
     try:
         yield
     finally:
