@@ -41,7 +41,10 @@ LOAD = """
 import sys
 order, source, wanted = sys.argv[1:]
 if order == "first":
+    import importlib.util
     import lightning_meansparse
+    # To look for a module is not to import it.
+    importlib.util.find_spec("transformers.models.auto.configuration_auto")
 import torch
 torch.set_num_threads(1)
 from PIL import Image

@@ -31,14 +31,18 @@ class _WhenImported:
     ) -> ModuleSpec | None:
         if name != TABLE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        sys.meta_path.remove(self)  # or it would be asked again
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # whoever looks for a module need not import it
         loader = None if spec is None else spec.loader
         if loader is not None:
             execute = loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 _register()
 
             loader.exec_module = execute_and_register  # type: ignore[method-assign]
