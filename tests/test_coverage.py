@@ -17,12 +17,6 @@ from tests.coverage.models import LEFT_OUT, Model, chosen, models
 from tests.coverage.report import outcome, page, reasons
 from tests.coverage.sweep import sweep
 
-OLD = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the record is of before activations that are written out were followed (EvoNorm)",
-)
-
 # What makes them hard stands beside them. Each is asked everything that the sweep asks.
 HARD = [
     "torchvision/resnet18",  # one ReLU module for two calls
@@ -172,7 +166,6 @@ def test_the_published_page_is_the_record_of_the_whole_list() -> None:
         assert all("serves a part of it only" in reason for reason in reasons(row)), name
 
 
-@OLD
 def test_in_99_of_100_models_every_call_is_reached() -> None:
     run = [row for row in json.loads(RECORD.read_text())["models"].values() if "calls" in row]
     assert len(run) > 290
