@@ -74,6 +74,7 @@ def model_card(
             α, or an argument is not one of the Hub's names.
 
     Examples:
+        >>> import torch
         >>> from lightning_meansparse import calibrate_, find_sites, load_adapter, sparsify_
         >>> from lightning_meansparse import save_adapter
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
