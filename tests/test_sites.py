@@ -218,6 +218,25 @@ def test_not_strict_leaves_them_out_with_one_warning():
     assert caught[0].filename == __file__  # it points at the caller
 
 
+class Added(nn.Module):
+    """Adds and activates in one function of a library, as torchvision's quantizable ResNets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.sum = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.sum.add_relu(x, x.flip(1))
+
+
+def test_a_function_that_does_more_before_it_activates_is_named():
+    with pytest.raises(UnreachableSitesError, match="is not its first argument") as error:
+        find_sites(Added(), IMAGES)
+    assert error.value.names == ("::add_relu[0]@in",)
+
+
 class Namesakes(nn.Module):
     """Calls `relu` in its own code, and before that in code that is not seen."""
 

@@ -38,7 +38,7 @@ from lightning_meansparse.sites.dataflow import (
 from lightning_meansparse.sites.events import Call, Frame, Place, Sum, Turn, tensors_in
 from lightning_meansparse.sites.provenance import Op
 from lightning_meansparse.sites.source import SUM, is_whole_sum
-from lightning_meansparse.sites.spots import Spot, function_spot, module_spot, sum_spot
+from lightning_meansparse.sites.spots import Spot, function_spot, handed, module_spot, sum_spot
 
 
 class Probe(TorchDispatchMode):
@@ -217,6 +217,8 @@ class Probe(TorchDispatchMode):
         self.calls.append(call)
         if frame is None:
             self._frames[-1].calls.append(call)
+            given = self.flow[handed(self._owner().module)]
+            call.first_input = given is None or given.root == value.root
         if value.total is not None:
             self.sums[value.total].before_activation = True
         return call
@@ -375,8 +377,8 @@ class _Functions(TorchFunctionMode):
                 probe._turn(function_spot, name)  # no activation, but the code calls it the same
             return func(*args, **kwargs)
         call = probe.begin(name, other if swapped else given)
-        if call is not None:
-            call.first_input = not swapped
+        if call is not None and swapped:
+            call.first_input = False
         probe._muted += 1
         try:
             output = func(*args, **kwargs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_meansparse.sites.source import (
     OURS,
@@ -50,6 +50,22 @@ def module_spot(owner: nn.Module) -> Spot | str:
 def function_spot(owner: nn.Module) -> Spot | str:
     """Where the owner's code calls the torch function that is about to run, or why not."""
     return _spot(_outside_torch(sys._getframe(1), owner), owner)
+
+
+def handed(owner: nn.Module) -> Tensor | None:
+    """The first tensor that the owner's code gives a library function that calls an activation.
+
+    None if the code calls the activation itself.
+    """
+    outer, frame = None, sys._getframe(1)
+    stop = _outside_torch(frame, owner)
+    while frame is not None and frame is not stop:
+        outer, frame = frame, frame.f_back  # type: ignore[assignment]
+    if outer is None or outer.f_code.co_filename.startswith(OURS):
+        return None
+    names = outer.f_code.co_varnames[: outer.f_code.co_argcount]
+    values = (outer.f_locals.get(name) for name in names)
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def sum_spot(owner: nn.Module) -> Spot | str:
