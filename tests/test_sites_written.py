@@ -133,6 +133,16 @@ def test_what_is_no_activation(code):
     assert roles(net) == {"act@in": "activation"}
 
 
+def test_a_clamp_to_learned_bounds_is_none_to_the_tracer_either():
+    def code(m, x):
+        return m.act(m.last(x.clamp(m.bounds)))
+
+    parts = {"bounds": nn.Parameter(torch.zeros(8, 1, 1)), "last": nn.Conv2d(8, 4, 1)}
+    result = check_model(Net(code, act=nn.ReLU(), **parts), IMAGES)
+    assert result.passed, result
+    assert result.calls == 1
+
+
 def test_a_clamp_of_the_images_is_no_activation():
     net = nn.Sequential(Wrapped(lambda m, x: x.clamp(0, 1)), nn.Conv2d(3, 8, 1), nn.ReLU())
     assert roles(net) == {"2@in": "activation"}

@@ -313,7 +313,8 @@ class Tape(TorchDispatchMode):
             return None
         if name in HIDING:
             return nodes[0].parents[0]
-        rectifies = name in ("clamp", "clamp_min") and len(args) > 1 and args[1] in (0, -1)
+        floor = args[1] if len(args) > 1 and isinstance(args[1], int | float) else None
+        rectifies = name in ("clamp", "clamp_min") and floor in (0, -1)
         rectifies |= name in ("maximum", "minimum") and len(moving) == 1  # FRN's threshold
         if not args[0].is_floating_point() or not (name in ACTIVATIONS or rectifies):
             return None
