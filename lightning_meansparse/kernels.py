@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,46 +24,148 @@ from torch.autograd import forward_ad
 # Integers as wide as a floating-point number of so many bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Intermediate results are made for this many values at a time: they fit a cache, and no large
-# buffer is asked from the system and given back for every operator.
-_CHUNK = 2**17
+# A tensor of more values per thread than the first is worked on in chunks of the second: they stay
+# in a cache, and no large buffer is asked from the system and given back for every step.
+_LARGE, _CHUNK = 2**21, 2**18
+
+# PyTorch works along the run of values that share a channel. Where that is shorter, as on the last
+# maps of many networks, it costs more than the arithmetic, and statistics of a whole row less.
+_SHORT = 16
 
 
-def replace(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
+class Band:
+    """What is replaced by what: ``where(|x − mean| < threshold, mean, x)``.
+
+    Args:
+        mean: What values inside the band become, broadcastable to ``x`` without enlarging it.
+        threshold: Half-width of the band, likewise.
+        eager: Whether `is_eager` holds for every ``x`` that it will be used with.
+    """
+
+    def __init__(self, mean: Tensor, threshold: Tensor, *, eager: bool) -> None:
+        self.mean = mean
+        self.threshold = threshold
+        self.eager = eager
+        # Whether a gradient has to reach the mean or the threshold.
+        self.wants_grad = mean.requires_grad or threshold.requires_grad
+        self._in_bits: dict[tuple[torch.dtype, torch.Size | None], _Bits] = {}
+
+    def in_bits(self, x: Tensor) -> _Bits:
+        """The band as integers; the same for every ``x`` of one dtype, shape and layout."""
+        key = (x.dtype, x.shape[1:] if x.is_contiguous() else None)
+        known = self._in_bits.get(key)
+        if known is None:
+            # Tensors made under inference mode could never be used by a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._in_bits[key] = _bits(x, self.mean, self.threshold)
+        return known
+
+
+class _Bits(NamedTuple):
+    """A band as the arithmetic in integers takes it.
+
+    Attributes:
+        mean: In the wider dtype of it and ``x``.
+        limit: Bits of the threshold, in the dtype distances are compared in.
+        center: Bits of the mean in the dtype of ``x``.
+        replaced: Bits of a result that was inside the band. Where even the mean would be kept, and
+            the band is empty, those of a signalling NaN, which no arithmetic results in.
+        wide: Dtype distances are compared in.
+        flat: Whether all of these are as long as a row of ``x``, seen as a matrix.
+        whole: Whether they differ along the first axis of ``x``, which cannot be cut then.
+    """
+
+    mean: Tensor
+    limit: Tensor
+    center: Tensor
+    replaced: Tensor
+    wide: torch.dtype
+    flat: bool
+    whole: bool
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` as the band is: a matrix, if that is flat."""
+        return x.flatten(1) if self.flat else x
+
+    def cut(self, x: Tensor) -> int:
+        """How many rows of ``x`` make a chunk; 0 if it is not worth cutting."""
+        threads = torch.get_num_threads()
+        if self.whole or x.numel() <= _LARGE * threads:
+            return 0
+        return max(1, _CHUNK * threads * len(x) // x.numel())
+
+    def parts(self, x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """The tensors in chunks along their first axis."""
+        tensors = tuple(map(self.rows, (x, *others)))
+        rows = self.cut(x)
+        if not rows:
+            return (tensors,)
+        return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
+
+
+def _bits(x: Tensor, mean: Tensor, threshold: Tensor) -> _Bits:
+    bits, wide = _INTEGERS[x.element_size()], torch.result_type(x, mean)
+    if threshold.dim():
+        wide = torch.promote_types(wide, threshold.dtype)
+    center = mean.to(x.dtype)
+    empty = ~((center - mean).abs() < threshold)
+    nothing = torch.full((), torch.inf, dtype=x.dtype).view(bits) + 1
+    # A threshold that is no number is one that nothing is below.
+    limit = threshold.to(wide).nan_to_num(0.0, posinf=torch.inf).view(_INTEGERS[wide.itemsize])
+    band = [mean, limit, center.view(bits), torch.where(empty, nothing, center.view(bits))]
+    whole = any(t.dim() == x.dim() and t.shape[0] != 1 for t in band)
+    flat = not whole and x.is_contiguous() and 1 < _run(x, band) < _SHORT
+    if flat:
+        band = [t.expand((1, *x.shape[1:])).flatten() for t in band]
+    mean, limit, center, replaced = band
+    return _Bits(mean, limit, center, replaced, wide, flat, whole)
+
+
+def _run(x: Tensor, statistics: Iterable[Tensor]) -> int:
+    """How many values share a channel, one after the other."""
+    run = 1
+    for axis in range(1, x.dim()):
+        if any(s.dim() >= axis and s.shape[-axis] != 1 for s in statistics):
+            break
+        run *= x.shape[-axis]
+    return run
+
+
+def replace(x: Tensor, band: Band) -> Tensor:
     """``where(|x − mean| < threshold, mean, x)`` in the dtype and memory layout of ``x``.
 
     The exact derivative flows back through it: 1 where a value was kept, 0 inside the band.
     """
-    if mean.requires_grad or threshold.requires_grad:
-        return _as_laid_out(_formula(x, mean, threshold), x)
-    if torch.is_grad_enabled() and x.requires_grad and _is_eager(x):
-        result: Tensor = _Replace.apply(x, mean, threshold)
+    if band.wants_grad:
+        return _as_laid_out(_formula(x, band.mean, band.threshold), x)
+    if band.eager and x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _Replace.apply(x, band)
         return result
-    return forward(x, mean, threshold)
+    return forward(x, band)
 
 
-def replace_(x: Tensor, mean: Tensor, threshold: Tensor, *, clamped: bool = False) -> Tensor:
+def replace_(x: Tensor, band: Band, *, clamped: bool = False) -> Tensor:
     """The same, written into ``x``.
 
     ``clamped`` says what comes next: an activation that overwrites the result and lets a gradient
     pass only where it changed nothing, as ReLU does. What it leaves there then serves the backward
     pass as well as the result itself.
     """
-    if not _is_eager(x) or x._is_view() or mean.requires_grad or threshold.requires_grad:
-        return x.copy_(replace(x, mean, threshold))
-    if torch.is_grad_enabled() and x.requires_grad:
-        result: Tensor = _ReplaceInPlace.apply(x, mean, threshold, clamped)
+    if not band.eager or band.wants_grad or x._is_view():
+        return x.copy_(replace(x, band))
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _ReplaceInPlace.apply(x, band, clamped)
         return result
-    return _write(x, mean, threshold, x) if _is_cpu(x) else x.copy_(forward(x, mean, threshold))
+    return _in_integers_(x, band) if _is_cpu(x) else x.copy_(forward(x, band))
 
 
-def forward(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
+def forward(x: Tensor, band: Band) -> Tensor:
     """The values of `replace`, by the fastest way there is for ``x``."""
-    if not _is_eager(x):
-        return _as_laid_out(_formula(x, mean, threshold), x)
+    if not band.eager:
+        return _as_laid_out(_formula(x, band.mean, band.threshold), x)
     if _is_cpu(x):
-        return _write(x, mean, threshold, _empty_like(x))
-    return _as_laid_out(_fused(_formula)(x, mean, threshold), x)
+        return _in_integers(x, band)
+    return _as_laid_out(_fused(_formula)(x, band.mean, band.threshold), x)
 
 
 def _formula(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
@@ -74,101 +176,118 @@ def _slope(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
     return torch.where((y - mean).abs() < threshold, 0, grad)
 
 
-def _write(x: Tensor, mean: Tensor, threshold: Tensor, out: Tensor) -> Tensor:
-    """The formula in integers, into ``out``, which may be ``x``."""
-    bits = _INTEGERS[x.element_size()]
-    center = mean.to(x.dtype).view(bits)
-    rows = _rows(x, mean, threshold)
-    parts: Iterable[tuple[Tensor, Tensor]] = ((x, out),)
-    if rows < len(x):
-        parts = zip(torch.split(x, rows), torch.split(out, rows), strict=True)
-    for part, target in parts:
-        kept = _kept(part, mean, threshold, None if out is x else target)
-        offset = part.view(bits) - center
-        torch.mul(kept, offset, out=target.view(bits)).add_(center)
-    return out
+def _in_integers(x: Tensor, band: Band) -> Tensor:
+    known = band.in_bits(x)
+    if not known.cut(x):
+        y = _steps(known.rows(x), known).view(x.dtype)
+        y = y.view(x.shape) if known.flat else y
+        return y if y.stride() == x.stride() else _as_laid_out(y, x)
+    y = _empty_like(x)
+    spare = _empty_like(x[: known.cut(x)])
+    for part, target in known.parts(x, y):
+        _steps(part, known, distance=target, offset=spare[: len(part)], result=target)
+    return y
 
 
-def _kept(x: Tensor, mean: Tensor, threshold: Tensor, into: Tensor | None = None) -> Tensor:
-    """1 outside the band and 0 inside, as integers as wide as the values of ``x``.
+def _in_integers_(x: Tensor, band: Band) -> Tensor:
+    known = band.in_bits(x)
+    for (part,) in known.parts(x):
+        _steps(part, known, offset=part, result=part)
+    return x
 
-    Distances have no sign, so their bits are ordered as they are, with NaN above everything. The
-    memory of ``into`` is used where it serves.
+
+def _steps(
+    x: Tensor,
+    known: _Bits,
+    *,
+    distance: Tensor | None = None,
+    offset: Tensor | None = None,
+    result: Tensor | None = None,
+) -> Tensor:
+    """The formula's bits; the memory of what is given is used, and may be that of ``x``.
+
+    Distances have no sign, so their bits are ordered as they are, with NaN above everything.
     """
-    wide = torch.result_type(x, mean)
-    distance = torch.sub(x.to(wide), mean, out=into if wide == x.dtype else None).abs_()
-    distance = distance.to(torch.result_type(distance, threshold))
-    limit = threshold.to(distance.dtype).nan_to_num(0.0, posinf=torch.inf)
-    bits = _INTEGERS[distance.element_size()]
-    return distance.view(bits).ge_(limit.view(bits)).to(_INTEGERS[x.element_size()])
+    bits = _INTEGERS[x.element_size()]
+    if known.wide == x.dtype:
+        distance = torch.sub(x, known.mean, out=distance).abs_()
+    else:
+        distance = x.to(known.wide).sub_(known.mean).abs_()
+    kept = distance.view(known.limit.dtype).ge_(known.limit).to(bits)
+    offset = torch.sub(
+        x.view(bits), known.center, out=None if offset is None else offset.view(bits)
+    )
+    return torch.addcmul(
+        known.center, kept, offset, out=kept if result is None else result.view(bits)
+    )
 
 
 class _Replace(torch.autograd.Function):
     """`replace`, which saves its result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
-        y = forward(x, mean, threshold)
-        ctx.save_for_backward(y, mean, threshold)
+    def forward(ctx: Any, x: Tensor, band: Band) -> Tensor:
+        y = forward(x, band)
+        ctx.save_for_backward(y)
+        ctx.band = band
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        y, mean, threshold = ctx.saved_tensors
-        return _backward(grad, y.detach(), mean, threshold), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return _backward(grad, y.detach(), ctx.band), None
 
 
 class _ReplaceInPlace(torch.autograd.Function):
     """`replace_`, which saves what the activation leaves of its result, or one byte a value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, threshold: Tensor, clamped: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, band: Band, clamped: bool) -> Tensor:
         ctx.mark_dirty(x)
+        ctx.band = band
         # Not through save_for_backward, which rightly refuses what is overwritten.
         ctx.left = x.detach() if clamped else None
-        if clamped:
-            ctx.save_for_backward(mean, threshold)
-        else:
-            ctx.save_for_backward((x - mean).abs() < threshold)
+        if not clamped:
+            ctx.save_for_backward((x - band.mean).abs() < band.threshold)
         if _is_cpu(x):
-            _write(x, mean, threshold, x)
+            _in_integers_(x, band)
         else:
-            x.copy_(forward(x, mean, threshold))
+            x.copy_(forward(x, band))
         # This call counts as one more change of x, and the activation's is the last one.
         ctx.version = x._version + 2
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.left is None:
             (inside,) = ctx.saved_tensors
-            return grad.masked_fill(inside, 0), None, None, None
+            return grad.masked_fill(inside, 0), None, None
         if ctx.left._version > ctx.version:
             raise RuntimeError(
                 "the result of an activation that works in place was overwritten before the "
                 "backward pass. Let the activation work out of place (inplace=False)."
             )
-        return _backward(grad, ctx.left, *ctx.saved_tensors), None, None, None
+        return _backward(grad, ctx.left, ctx.band), None, None
 
 
-def _backward(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
+def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
     """The gradient where ``y`` was kept, 0 elsewhere; differentiable in ``grad``."""
-    if (torch.is_grad_enabled() and grad.requires_grad) or not _is_eager(grad) or not _is_eager(y):
-        return _slope(grad, y, mean, threshold)
+    if (torch.is_grad_enabled() and grad.requires_grad) or not is_eager(grad) or not is_eager(y):
+        return _slope(grad, y, band.mean, band.threshold)
     if not _is_cpu(y):
-        return _fused(_slope)(grad, y, mean, threshold)
-    bits = _INTEGERS[y.element_size()]
-    center = mean.to(y.dtype).view((1,) * (y.dim() - mean.dim()) + mean.shape)
-    # Where even the mean would have been kept, the band is empty.
-    kept = (y.view(bits) - center.view(bits)).ne_(0).bitwise_or_(_kept(center, mean, threshold))
-    return kept.mul_(grad.view(bits)).view(grad.dtype)
+        return _fused(_slope)(grad, y, band.mean, band.threshold)
+    known, bits = band.in_bits(y), _INTEGERS[y.element_size()]
+    result = _empty_like(y)
+    for part, flow, target in known.parts(y, grad, result):
+        torch.ne(part.view(bits), known.replaced, out=target.view(bits)).mul_(flow.view(bits))
+    return result
 
 
 def _is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _is_eager(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """Whether ``x`` is a plain tensor that is computed with here and now.
 
     Not a tensor that is traced, compiled, exported, batched by `vmap` or carries a tangent: what
@@ -185,13 +304,6 @@ def _is_eager(x: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and forward_ad._current_level < 0
     )
-
-
-def _rows(x: Tensor, *statistics: Tensor) -> int:
-    """How many rows along the first axis of ``x`` make a chunk; all if theirs differ."""
-    if any(s.dim() == x.dim() and s.shape[0] != 1 for s in statistics):
-        return len(x)
-    return max(1, _CHUNK * len(x) // max(1, x.numel()))
 
 
 def _empty_like(x: Tensor) -> Tensor:

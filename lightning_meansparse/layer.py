@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -80,11 +81,16 @@ def mean_sparse(
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
     check_backward(backward, temperature)
-    threshold = _threshold(x, mean, var, alpha)
+    _check_fit(x, mean=mean, var=var, alpha=alpha)
+    band = kernels.Band(mean, alpha * var.sqrt(), eager=kernels.is_eager(x))
+    return _replaced(x, band, backward, temperature)
+
+
+def _replaced(x: Tensor, band: kernels.Band, backward: Backward, temperature: float) -> Tensor:
     if backward == "exact":
-        return kernels.replace(x, mean, threshold)
+        return kernels.replace(x, band)
     result: Tensor = _Surrogate.apply(
-        x, mean, threshold, None if backward == "identity" else temperature
+        x, band.mean, band.threshold, None if backward == "identity" else temperature, band
     )
     return result
 
@@ -128,6 +134,7 @@ class MeanSparse(nn.Module):
     count: int = 0
     backward: Backward
     temperature: float
+    _held: _Held | None = None
 
     def __init__(
         self, mean: Tensor, var: Tensor, alpha: float = 0.0, *, center: Center = "channel"
@@ -166,19 +173,42 @@ class MeanSparse(nn.Module):
         their input, which the network may use again under another name. ``clamped`` says that the
         activation is a ReLU or a ReLU6; the backward pass can then do with what that leaves.
         """
-        if inplace and self.backward == "exact":
-            threshold = _threshold(x, self.mean, self.var, self.alpha)
-            return kernels.replace_(x, self.reference, threshold, clamped=clamped)
-        y = mean_sparse(
-            # The backward pass of a surrogate looks at its input again, which is about to change.
-            x.clone() if inplace else x,
-            self.reference,
-            self.var,
-            self.alpha,
-            backward=self.backward,
-            temperature=self.temperature,
-        )
+        band = self._band(x)
+        if self.backward == "exact":
+            if inplace:
+                return kernels.replace_(x, band, clamped=clamped)
+            return kernels.replace(x, band)
+        # The backward pass of a surrogate looks at its input again, which is about to change.
+        y = _replaced(x.clone() if inplace else x, band, self.backward, self.temperature)
         return x.copy_(y) if inplace else y
+
+    def _band(self, x: Tensor) -> kernels.Band:
+        """What to replace by what, as the kernels take it.
+
+        On a CPU it is kept for the next call. Whether it still holds is seen from the numbers
+        themselves: whoever writes into a buffer does so in many ways.
+        """
+        numbers = (self.mean, self.var, self.alpha)
+        eager = kernels.is_eager(x)
+        if not eager or any(n.device.type != "cpu" or n.requires_grad for n in numbers):
+            _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
+            return kernels.Band(self.reference, self.alpha * self.var.sqrt(), eager=eager)
+        held = self._held
+        if held is None or held.center != self.center or not all(map(_same, held.numbers, numbers)):
+            with torch.inference_mode(False), torch.no_grad():
+                copies = tuple(number.clone() for number in numbers)
+                band = kernels.Band(
+                    self.reference.clone(), self.alpha * self.var.sqrt(), eager=True
+                )
+            held = self._held = _Held(copies, self.center, band)
+        if x.shape != held.shape:
+            _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
+            held.shape = x.shape
+        return held.band
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files do without what can be computed anew."""
+        return {**self.__dict__, "_held": None}
 
     def extra_repr(self) -> str:
         """Shape, α and centre, for ``print(model)``."""
@@ -228,20 +258,33 @@ def check_backward(rule: str, temperature: float) -> None:
         )
 
 
-def _threshold(x: Tensor, mean: Tensor, var: Tensor, alpha: float | Tensor) -> Tensor:
-    """Half-width of the band, once it is known that everything fits ``x``."""
+@dataclass
+class _Held:
+    """A band, the numbers it was made of, and the last shape that it was found to fit."""
+
+    numbers: tuple[Tensor, ...]
+    center: Center
+    band: kernels.Band
+    shape: torch.Size | None = None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _check_fit(x: Tensor, **numbers: float | Tensor) -> None:
+    """Raise unless ``x`` is floating point and all numbers broadcast to it."""
     if not x.is_floating_point():
         raise TypeError(
             f"x must be a floating-point tensor, got {x.dtype}. Convert it first, e.g. x.float()."
         )
-    for name, value in (("mean", mean), ("var", var), ("alpha", alpha)):
+    for name, value in numbers.items():
         if isinstance(value, Tensor) and not _fits(value.shape, x.shape):
             raise ValueError(
                 f"{name} must broadcast to x without enlarging it: {name} has shape "
                 f"{tuple(value.shape)}, x {tuple(x.shape)}. "
                 "For channels on axis 1 of an NCHW tensor use shape (C, 1, 1)."
             )
-    return alpha * var.sqrt()
 
 
 def _fits(inner: torch.Size, outer: torch.Size) -> bool:
@@ -256,21 +299,25 @@ class _Surrogate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, mean: Tensor, threshold: Tensor, temperature: float | None) -> Tensor:
-        return kernels.forward(x, mean, threshold)
+    def forward(
+        x: Tensor, mean: Tensor, threshold: Tensor, temperature: float | None, band: kernels.Band
+    ) -> Tensor:
+        # What vmap makes of the tensors is not in the band.
+        same = mean is band.mean and threshold is band.threshold
+        return kernels.forward(x, band if same else kernels.Band(mean, threshold, eager=False))
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float | None], output: Tensor
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float | None, kernels.Band], output: Tensor
     ) -> None:
-        x, mean, threshold, ctx.temperature = inputs
+        x, mean, threshold, ctx.temperature, _ = inputs
         if ctx.temperature is not None:
             ctx.save_for_backward(x, mean, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if ctx.temperature is None:
-            return grad, None, None, None
+            return grad, None, None, None, None
         x, mean, threshold = ctx.saved_tensors
         distance = (x - mean).abs()
         # Where the band is empty the gate is open; any positive scale keeps the arithmetic finite
@@ -280,4 +327,4 @@ class _Surrogate(torch.autograd.Function):
         # Far outside, the ratio overflows where 1 − gate is 0: clamped, the product is 0.
         ratio = (distance / scale).clamp(max=torch.finfo(distance.dtype).max)
         slope = torch.where(threshold > 0, gate + ratio * gate * (1 - gate), 1)
-        return (grad * slope).to(grad.dtype), None, None, None
+        return (grad * slope).to(grad.dtype), None, None, None, None

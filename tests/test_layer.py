@@ -97,10 +97,11 @@ def test_values_gradients_and_memory_are_the_formulas(
     flow[0, 0, 0, :2] = torch.tensor([torch.inf, torch.nan])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_CHUNK", chunk)
+        patch.setattr(kernels, "_LARGE", chunk)
         expected = published(x, mean, width)
-        assert same_bits(kernels.forward(x, mean, width), expected)
+        assert same_bits(kernels.forward(x, kernels.Band(mean, width, eager=True)), expected)
         one, other = x.detach().requires_grad_(), x.detach().requires_grad_()
-        y = kernels.replace(one, mean, width)
+        y = kernels.replace(one, kernels.Band(mean, width, eager=True))
         assert same_bits(y.detach(), expected)
         assert layout == "expanded" or y.stride() == x.stride()
         (got,) = torch.autograd.grad(y, one, flow)
@@ -108,7 +109,7 @@ def test_values_gradients_and_memory_are_the_formulas(
         assert same_bits(got, wanted)
         if layout != "expanded":
             copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-            assert kernels.replace_(copied, mean, width) is copied
+            assert kernels.replace_(copied, kernels.Band(mean, width, eager=True)) is copied
             assert same_bits(copied, expected)
 
 
@@ -164,7 +165,7 @@ def test_the_backward_pass_keeps_the_output_alone() -> None:
         y = op(x)
     large = [p for p in kept if p in (x.data_ptr(), y.data_ptr())]
     assert large == [y.data_ptr()]
-    assert len(kept) == 3, "the output, the means and the widths"
+    assert len(kept) == 1
 
 
 def test_a_variance_that_is_no_number_lets_everything_through() -> None:
