@@ -183,43 +183,39 @@ def _in_integers(x: Tensor, band: Band) -> Tensor:
         y = y.view(x.shape) if known.flat else y
         return y if y.stride() == x.stride() else _as_laid_out(y, x)
     y = _empty_like(x)
-    spare = _empty_like(x[: known.cut(x)])
+    spare = _empty_like(x[: known.cut(x)]).view(known.center.dtype)
     for part, target in known.parts(x, y):
-        _steps(part, known, distance=target, offset=spare[: len(part)], result=target)
+        _steps(part, known, target, spare[: len(part)], target.view(spare.dtype))
     return y
 
 
 def _in_integers_(x: Tensor, band: Band) -> Tensor:
     known = band.in_bits(x)
     for (part,) in known.parts(x):
-        _steps(part, known, offset=part, result=part)
+        bits = part.view(known.center.dtype)
+        _steps(part, known, None, bits, bits)
     return x
 
 
 def _steps(
     x: Tensor,
     known: _Bits,
-    *,
     distance: Tensor | None = None,
     offset: Tensor | None = None,
     result: Tensor | None = None,
 ) -> Tensor:
-    """The formula's bits; the memory of what is given is used, and may be that of ``x``.
+    """The bits of the result. The memory of what is given is used, and may be that of ``x``.
 
     Distances have no sign, so their bits are ordered as they are, with NaN above everything.
     """
-    bits = _INTEGERS[x.element_size()]
     if known.wide == x.dtype:
         distance = torch.sub(x, known.mean, out=distance).abs_()
+        kept = distance.view(known.limit.dtype).ge_(known.limit)
     else:
         distance = x.to(known.wide).sub_(known.mean).abs_()
-    kept = distance.view(known.limit.dtype).ge_(known.limit).to(bits)
-    offset = torch.sub(
-        x.view(bits), known.center, out=None if offset is None else offset.view(bits)
-    )
-    return torch.addcmul(
-        known.center, kept, offset, out=kept if result is None else result.view(bits)
-    )
+        kept = distance.view(known.limit.dtype).ge_(known.limit).to(known.center.dtype)
+    offset = torch.sub(x.view(kept.dtype), known.center, out=offset)
+    return torch.addcmul(known.center, kept, offset, out=kept if result is None else result)
 
 
 class _Replace(torch.autograd.Function):
@@ -284,7 +280,7 @@ def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
 
 
 def _is_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def is_eager(x: Tensor) -> bool:
@@ -296,7 +292,7 @@ def is_eager(x: Tensor) -> bool:
     return (
         x.dim() > 0
         and type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
+        and (x.is_cpu or x.is_cuda)
         and x.layout == torch.strided
         and x.element_size() in _INTEGERS
         and not torch.compiler.is_compiling()

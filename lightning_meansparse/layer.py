@@ -16,8 +16,7 @@ the loss surface behind it from a gradient attack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -190,21 +189,17 @@ class MeanSparse(nn.Module):
         """
         numbers = (self.mean, self.var, self.alpha)
         eager = kernels.is_eager(x)
-        if not eager or any(n.device.type != "cpu" or n.requires_grad for n in numbers):
-            _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
+        held = self._held if eager else None  # compiled code must not depend on it
+        if held is not None and held.is_of(self.center, numbers):
+            if x.shape != held.shape:
+                _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
+                held.shape = x.shape
+            return held.band
+        _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
+        if not eager or any(not number.is_cpu or number.requires_grad for number in numbers):
             return kernels.Band(self.reference, self.alpha * self.var.sqrt(), eager=eager)
-        held = self._held
-        if held is None or held.center != self.center or not all(map(_same, held.numbers, numbers)):
-            with torch.inference_mode(False), torch.no_grad():
-                copies = tuple(number.clone() for number in numbers)
-                band = kernels.Band(
-                    self.reference.clone(), self.alpha * self.var.sqrt(), eager=True
-                )
-            held = self._held = _Held(copies, self.center, band)
-        if x.shape != held.shape:
-            _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
-            held.shape = x.shape
-        return held.band
+        self._held = _Held(self, x.shape)
+        return self._held.band
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files do without what can be computed anew."""
@@ -258,18 +253,31 @@ def check_backward(rule: str, temperature: float) -> None:
         )
 
 
-@dataclass
 class _Held:
     """A band, the numbers it was made of, and the last shape that it was found to fit."""
 
-    numbers: tuple[Tensor, ...]
-    center: Center
-    band: kernels.Band
-    shape: torch.Size | None = None
+    def __init__(self, operator: MeanSparse, shape: torch.Size) -> None:
+        # Tensors made under inference mode could never be used by a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            numbers = (operator.mean, operator.var, operator.alpha)
+            self.numbers = [number.clone() for number in numbers]
+            threshold = operator.alpha * operator.var.sqrt()
+            self.band = kernels.Band(operator.reference.clone(), threshold, eager=True)
+        self.center = operator.center
+        self.shape = shape
+
+    def is_of(self, center: Center, numbers: Iterable[Tensor]) -> bool:
+        """Whether a band made now, of these, would be the same."""
+        return self.center == center and all(map(_same, self.numbers, numbers))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+def _same(held: Tensor, now: Tensor) -> bool:
+    return (
+        held.dtype == now.dtype
+        and held.device == now.device
+        and not now.requires_grad
+        and torch.equal(held, now)
+    )
 
 
 def _check_fit(x: Tensor, **numbers: float | Tensor) -> None:
