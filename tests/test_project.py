@@ -33,6 +33,7 @@ ORDER = [
     "kernels",
     "layer",
     "moments",
+    "meeting",  # torch.distributed alone; whoever waits for other processes needs it
     "sites",
     "classifier",
     "data",

@@ -13,8 +13,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_meansparse.layer import MeanSparse
+from lightning_meansparse.meeting import Meeting
 from lightning_meansparse.moments import ChannelMoments, Statistics
 from lightning_meansparse.surgery.insertion import operators, shorten
+from lightning_meansparse.surgery.wrapped import speechless
 
 # What data sets and processors call the images of a batch.
 IMAGE_KEYS = ("image", "images", "pixel_values")
@@ -33,8 +35,9 @@ def calibrate_(
     The pass runs the base model: in eval mode, without gradients, with every operator letting its
     input through unchanged, and not compiled even if the model is. A second calibration overwrites
     the first; a failed one changes nothing. Under ``torch.distributed`` the statistics of all ranks
-    are merged, so every rank must call it, with its own share of the data and no sample on two
-    ranks.
+    are merged, so every rank must call it, with its own share of the data, which may be empty, and
+    no sample on two ranks. Then the model may be wrapped in ``DistributedDataParallel`` or sharded
+    by ``fully_shard``; during the pass it is whole on every rank. If one rank fails, all do.
 
     Args:
         model: A model with operators, see `sparsify_`.
@@ -50,6 +53,7 @@ def calibrate_(
         RuntimeError: If the model has no operators, or an operator was never reached.
         ValueError: If there are no batches, a batch is of another form, or a site's values are not
             finite.
+        ConnectionError: If another rank has failed; the message says why.
 
     Examples:
         >>> import torch
@@ -76,13 +80,16 @@ def calibrate_(
         total = length if max_batches is None or length is None else min(length, max_batches)
         batches = track(batches, description="Calibrating", total=total)
     with (
+        Meeting().telling() as meeting,
         torch.no_grad(),
         evaluating(model),
+        speechless(model) as alone,
         torch.compiler.set_stance("force_eager"),
         _observing(found, moments),
     ):
         for batch in islice(batches, max_batches):
-            model(images_in(batch).to(device))
+            meeting.listen()
+            alone(images_in(batch).to(device))
     for each in moments.values():
         each.reduce()
     unseen = [name for name, each in moments.items() if each.count == 0]

@@ -1,0 +1,109 @@
+"""Where the processes of one job wait for each other, and hear when one of them has failed.
+
+A collective alone does neither well: who waits in it hears nothing, handles no signal, and gives up
+after a timeout that a slow rank may well exceed, or only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_FAILED = "failed"
+_FOREVER = timedelta(days=365)
+_LISTEN_EVERY = 1.0  # seconds; what others hear a second later they hear soon enough
+
+
+class PeerError(ConnectionError):
+    """Another process of the job has failed, so this one cannot go on either."""
+
+
+class Meeting:
+    """The processes of the default process group; in one process alone nothing ever happens.
+
+    Every process makes its own at the same point of the program. A dead process is noticed by
+    those who wait, a failed one that has told so by all.
+
+    Examples:
+        >>> with Meeting().telling() as meeting:
+        ...     meeting.listen()  # now and then, during work that has no end in sight
+        ...     meeting.meet()
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._heard = time.monotonic()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # A group of its own: Gloo sees at once that a peer has died, whatever the backend of
+            # the job, and may wait for as long as a slow one needs.
+            group = dist.new_group(backend="gloo", timeout=_FOREVER)
+            assert isinstance(group, dist.ProcessGroup)  # with every process in it
+            self._group, self._store = group, group.get_group_store()
+
+    def meet(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            PeerError: If one has failed or ended.
+        """
+        if self._group is None:
+            return
+        arrived, pause = dist.barrier(self._group, async_op=True), 0.001
+        while not arrived.is_completed():
+            self.listen()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        try:
+            arrived.wait()
+        except RuntimeError as error:
+            self._raise_if_told()
+            raise PeerError("another process has ended without a word") from error
+
+    def listen(self) -> None:
+        """See whether another process has failed; asks at most once a second.
+
+        Raises:
+            PeerError: If one has.
+        """
+        now = time.monotonic()
+        if self._group is not None and now - self._heard >= _LISTEN_EVERY:
+            self._heard = now
+            self._raise_if_told()
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know that this process has failed; the first of several is heard."""
+        if self._group is None:
+            return
+        text = f"process {dist.get_rank()} of {dist.get_world_size()} has failed: "
+        text += f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who could hear
+            self._store.compare_set(_FAILED, "", str(error) if type(error) is PeerError else text)
+
+    def close(self) -> None:
+        """Take the group down; only after all have met."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[Meeting]:
+        """Tell the others of an exception inside the ``with`` block; else meet and close."""
+        try:
+            yield self
+        except BaseException as error:
+            self.tell(error)
+            raise
+        self.meet()
+        self.close()
+
+    def _raise_if_told(self) -> None:
+        try:
+            told = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
+        except RuntimeError as error:
+            raise PeerError("the first process has ended without a word") from error
+        if told:
+            raise PeerError(told)
