@@ -1,16 +1,17 @@
 """Mean and variance of every channel over a whole data set, however it was split.
 
-Moments are kept as (count, mean, M2) in float64 and merged by the rule of Chan, Golub and LeVeque
-(1979, Eq. 2.1), so batches of any size, in any order, on any number of ranks, give the variance of
-the pooled data. Sums of squares would lose all digits where the mean is large against σ, so what
-is summed are distances from a value of the data: one vectorised pass, and exactly 0 where all
-values of a channel are the same.
+What is summed, in float64, are the distances from a value of the data, and their squares: one pass,
+no digits lost where the mean is large against σ, and exactly 0 where all values of a channel are
+the same. What several processes have seen is merged by the rule of Chan, Golub and LeVeque (1979,
+Eq. 2.1), so batches of any size, in any order, on any number of ranks, give the moments of the
+pooled data.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -65,15 +66,21 @@ class ChannelMoments:
         self.shape = tuple(shape)
         self.statistics: Statistics = statistics
         self.count = 0  # values per channel ("pooled") or batches ("official")
-        self.mean = torch.zeros(self.shape, dtype=torch.float64, device=_float64_device(device))
-        # The sum of squared deviations ("pooled") or of the batches' unbiased variances
-        # ("official").
-        self._spread = torch.zeros_like(self.mean)
+        self._origin = torch.zeros(self.shape, dtype=torch.float64, device=_float64_device(device))
+        # Sums of distances from the origin, of values or of the means of batches, and of their
+        # squares or of the batches' unbiased variances.
+        self._distance = torch.zeros_like(self._origin)
+        self._spread = torch.zeros_like(self._origin)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean per channel, float64, of shape ``shape``; zeros before the first update."""
+        return self._origin + self._distance / max(self.count, 1)
 
     @property
     def var(self) -> Tensor:
         """Variance per channel, float64, of shape ``shape``; zeros before the first update."""
-        return self._spread / max(self.count, 1)
+        return self._deviations() / max(self.count, 1)
 
     def update(self, x: Tensor) -> None:
         """Add one batch.
@@ -96,22 +103,28 @@ class ChannelMoments:
             )
         if x.numel() == 0:
             return
+        x = x.detach().to(self._origin.device)
         axes = [axis for axis, size in enumerate(aligned) if size == 1]
-        x = x.detach().to(self.mean.device)
-        batch = ChannelMoments(self.shape, device=self.mean.device)
-        chunk = _CHUNK if x.device.type == "cpu" else 64 * _CHUNK
-        rows = max(1, chunk * x.shape[0] // x.numel())
-        for part in torch.split(x, rows) if pad else (x,):
-            batch._merge(*_block(part, axes, self.shape))
+        if self.count == 0:
+            first = x
+            for axis in axes:
+                first = first.narrow(axis, 0, 1)
+            self._origin = first.double().reshape(self.shape)
+        sums = [self._sums(part, axes) for part in (self._parts(x) if pad else (x,))]
+        distance, spread = (reduce(torch.add, parts) for parts in zip(*sums, strict=True))
+        count = x.numel() // math.prod(self.shape)
         if self.statistics == "official":
-            if batch.count < 2:
+            if count < 2:
                 raise ValueError(
                     'statistics="official" needs at least 2 values per channel in every batch, '
                     'got 1: use a larger batch size, or statistics="pooled".'
                 )
-            self._merge(1, batch.mean, batch._spread / (batch.count - 1))
-        else:
-            self._merge(batch.count, batch.mean, batch._spread)
+            distance = distance / count
+            spread = (spread - distance.square() * count).clamp_(min=0) / (count - 1)
+            count = 1
+        self.count += count
+        self._distance = self._distance + distance
+        self._spread = self._spread + spread
 
     def merge(self, other: ChannelMoments) -> None:
         """Add everything that ``other`` has seen.
@@ -124,9 +137,7 @@ class ChannelMoments:
                 f"cannot merge moments of shape {other.shape} ({other.statistics}) into "
                 f"{self.shape} ({self.statistics})."
             )
-        self._merge(
-            other.count, other.mean.to(self.mean.device), other._spread.to(self.mean.device)
-        )
+        self._merge(other.count, other.mean, other._deviations())
 
     def reduce(self) -> None:
         """Merge over all ranks of the default process group, in rank order.
@@ -136,46 +147,58 @@ class ChannelMoments:
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
+        deviations = self._deviations()
         packed = torch.cat(
-            [self.mean.new_tensor([self.count]), self.mean.flatten(), self._spread.flatten()]
+            [deviations.new_tensor([self.count]), self.mean.flatten(), deviations.flatten()]
         )
         ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
         dist.all_gather(ranks, packed)
-        self.count, self.mean, self._spread = (
-            0,
-            torch.zeros_like(self.mean),
-            torch.zeros_like(self.mean),
-        )
+        self.count = 0
         channels = math.prod(self.shape)
         for rank in ranks:
             count, mean, spread = torch.split(rank, [1, channels, channels])
             self._merge(int(count.item()), mean.view(self.shape), spread.view(self.shape))
 
-    def _merge(self, count: int, mean: Tensor, spread: Tensor) -> None:
+    def _deviations(self) -> Tensor:
+        """Squares of the distances from the mean, summed; or the sum of the batches' variances."""
+        if self.statistics == "official":
+            return self._spread
+        return (self._spread - self._distance.square() / max(self.count, 1)).clamp_(min=0)
+
+    def _merge(self, count: int, mean: Tensor, deviations: Tensor) -> None:
         if count == 0:
             return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self._spread = self._spread + spread
-        if self.statistics == "pooled":
-            self._spread = self._spread + delta.square() * (self.count * (count / total))
-        self.count = total
+        mean, deviations = mean.to(self._origin.device), deviations.to(self._origin.device)
+        if self.count:
+            total = self.count + count
+            delta = mean - self.mean
+            deviations = self._deviations() + deviations
+            if self.statistics == "pooled":
+                deviations = deviations + delta.square() * (self.count * (count / total))
+            mean = self.mean + delta * (count / total)
+            count = total
+        self.count, self._origin, self._spread = count, mean, deviations
+        self._distance = torch.zeros_like(mean)
+
+    def _sums(self, x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+        """Distances from the origin and their squares, summed over axes."""
+        distance = x.to(torch.float64, copy=True).sub_(self._origin)
+        total = _total(distance, axes).reshape(self.shape)
+        return total, _total(distance.square_(), axes).reshape(self.shape)
+
+    def _parts(self, x: Tensor) -> Sequence[Tensor]:
+        chunk = _CHUNK if x.is_cpu else 64 * _CHUNK
+        return torch.split(x, max(1, chunk * x.shape[0] // x.numel()))
 
 
-def _block(x: Tensor, axes: list[int], shape: tuple[int, ...]) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations of some rows, in float64."""
-    if not axes:
-        return 1, x.double().reshape(shape), x.new_zeros(shape, dtype=torch.float64)
-    count = x.numel() // math.prod(shape)
-    origin = x
-    for axis in axes:
-        origin = origin.narrow(axis, 0, 1)
-    origin = origin.double()
-    distance = x.to(torch.float64, copy=True).sub_(origin)
-    total = distance.sum(axes, keepdim=True)
-    spread = distance.square_().sum(axes, keepdim=True) - total.square() / count
-    return count, (origin + total / count).view(shape), spread.clamp_(min=0).view(shape)
+def _total(x: Tensor, axes: list[int]) -> Tensor:
+    """The sum over axes, which stay as 1; where channels are the last axis in memory, a product."""
+    kept = [axis for axis in range(x.dim()) if axis not in axes]
+    rows = x.movedim(kept[0], -1) if len(kept) == 1 else x
+    if len(kept) != 1 or not rows.is_contiguous():
+        return x.sum(axes) if axes else x.clone()
+    rows = rows.view(-1, rows.shape[-1])
+    return rows.new_ones(1, len(rows)) @ rows
 
 
 def _float64_device(device: torch.device | str | None) -> torch.device:
