@@ -143,6 +143,7 @@ class RobustAccuracy(Metric):
             batch_size=self.batch_size,
         )
         self.evaluation = evaluation
+        self.batch_size = evaluation.batch_size  # fewer from now on, where the memory ran out
         # Negative: not a number in a data set, so ranks may hold equal ones of different samples.
         kept = evaluation.indices if numbered else -1 - evaluation.indices
         self.index.append(kept.to(self.device))

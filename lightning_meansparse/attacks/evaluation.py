@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from lightning_meansparse.attacks.guard import (
     stands,
 )
 from lightning_meansparse.attacks.library import build_attack, check_attack
+from lightning_meansparse.attacks.memory import Batches
 from lightning_meansparse.attacks.spec import AttackSpec, check_norm, parse_eps
 from lightning_meansparse.attacks.suites import resolve_attacks
-from lightning_meansparse.attacks.symptoms import symptoms
+from lightning_meansparse.attacks.symptoms import Symptoms, symptoms
 from lightning_meansparse.surgery import alpha_set, backward_rule
 
 
@@ -56,6 +58,7 @@ class Evaluation:
             samples even.
         backwards: Backward passes, likewise.
         seed: Seed of the evaluation.
+        batch_size: Samples per forward pass: fewer than asked for where the memory ran out.
         examples: Per sample the adversarial example that broke it, else the last one tried, else
             the clean image, ``(N, C, H, W)``; None unless asked for.
     """
@@ -75,6 +78,7 @@ class Evaluation:
     forwards: Tensor
     backwards: Tensor
     seed: int
+    batch_size: int
     examples: Tensor | None = None
 
     @property
@@ -142,6 +146,7 @@ def evaluate(
     indices: Tensor | None = None,
     base: BaseExamples | None = None,
     progress: Callable[[str], None] | None = None,
+    listen: Callable[[], None] | None = None,
     batch_size: int = 256,
     keep_examples: bool = False,
 ) -> Evaluation:
@@ -165,7 +170,8 @@ def evaluate(
         indices: Numbers of the samples in their data set, ``(N,)`` int64; None counts from 0.
         base: Cache of base-model examples, shared between alphas of one batch.
         progress: Called with a line of text before each attack.
-        batch_size: Samples per forward pass.
+        listen: Called before every forward pass of an attack; may raise to end it.
+        batch_size: Samples per forward pass; halved when a CUDA device runs out of memory.
         keep_examples: Keep the adversarial examples in the result.
 
     Returns:
@@ -193,28 +199,31 @@ def evaluate(
         if base is None:
             base = BaseExamples()
         base.bind(x, y, radius, norm, seed, tuple(numbers.tolist()))
-        watched = Watched(model, device)
+        watched = Watched(model, device, listen)
+        batches = Batches(batch_size)
         say(f"clean accuracy of {len(x)} images")
-        logits = checked_logits(_logits(model, x, batch_size), y).float()
+
+        def look(rows: Tensor) -> tuple[Tensor, Symptoms]:
+            with torch.no_grad():
+                found = checked_logits(model(x[rows]), y[rows]).float()
+            at_once = len(rows) if specs else 0
+            return found, symptoms(model, x[rows], y[rows], found, batch_size=at_once)
+
+        everything = torch.arange(len(x), device=device)
+        looked = [found for _, found in batches.of(everything, look)]
+        logits = torch.cat([found for found, _ in looked])
+        seen = Symptoms.of_all([symptom for _, symptom in looked])
         clean = stands(logits, y)
         others = logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
-        run = _Run(
-            model, watched, x, y, numbers, radius, norm, seed, logits.shape[1], base, batch_size
-        )
-        seen = symptoms(model, x, y, logits, batch_size=batch_size if specs else 0)
+        run = _Run(model, watched, x, y, numbers, radius, norm, seed, logits.shape[1], base)
         standing, examples = clean.clone(), x.clone()
         flags, tried = torch.zeros(2, len(x), len(specs), dtype=torch.bool, device=device)
         spent = torch.zeros(2, len(x), len(specs), dtype=torch.int64, device=device)
         for a, spec in enumerate(specs):
             say(f"{spec.name}: {int(standing.sum())} of {len(x)} images standing")
             tried[:, a] = standing
-            active = standing.nonzero().squeeze(1)
-            for rows in torch.split(active, batch_size) if len(active) else ():
-                found, cost = run.attack(spec, rows)
-                examples[rows] = found
-                standing[rows] &= run.judge(found, y[rows])
-                spent[:, rows, a] += cost
-                spent[0, rows, a] += 1  # the forward that judged
+            for rows, found in batches.of(standing.nonzero().squeeze(1), partial(run.attack, spec)):
+                examples[rows], standing[rows], spent[:, rows, a] = found
             flags[:, a] = standing
         return Evaluation(
             attacks=tuple(spec.name for spec in specs),
@@ -232,6 +241,7 @@ def evaluate(
             forwards=spent[0].cpu(),
             backwards=spent[1].cpu(),
             seed=seed,
+            batch_size=batches.size,
             examples=examples.cpu() if keep_examples else None,
         )
 
@@ -250,32 +260,41 @@ class _Run:
     seed: int
     num_classes: int
     base: BaseExamples
-    batch_size: int
 
-    def attack(self, spec: AttackSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Legal examples for the samples in ``rows``, and their cost, ``(2, len(rows))``."""
-        cost = torch.zeros(2, len(rows), dtype=torch.int64, device=rows.device)
+    def __post_init__(self) -> None:
+        # What base examples have cost for which the attack that asked for them is not done yet: it
+        # may run out of memory after they are made, and they are not made twice.
+        self._owed = torch.zeros(2, len(self.images), dtype=torch.int64, device=self.images.device)
+
+    def attack(self, spec: AttackSpec, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attack the samples in ``rows``.
+
+        Returns:
+            Legal examples, which of them the exact forward classifies right, and the cost,
+            ``(2, len(rows))``.
+        """
         with _naming(spec, "on the base model"):
-            starts = self._base_starts(spec, rows, cost) if spec.start == "base" else None
+            starts = self._base_starts(spec, rows) if spec.start == "base" else None
         with _naming(spec), backward_rule(self.model, spec.rule, **_temperature(spec)):
-            found, spent = self._perturb(spec, rows, starts)
-        return Ball(self.images[rows], self.eps, self.norm).clip(found), cost + spent
+            found, cost = self._perturb(spec, rows, starts)
+        examples = Ball(self.images[rows], self.eps, self.norm).clip(found)
+        with torch.no_grad():
+            standing = stands(self.model(examples), self.labels[rows])
+        cost = cost + self._owed[:, rows]
+        cost[0] += 1  # the forward that judged
+        self._owed[:, rows] = 0
+        return examples, standing, cost
 
-    def judge(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Whether the exact forward classifies ``images`` right; a NaN counts as wrong."""
-        logits: Tensor = _logits(self.model, images, self.batch_size)
-        return stands(logits, labels)
-
-    def _base_starts(self, spec: AttackSpec, rows: Tensor, cost: Tensor) -> Tensor:
+    def _base_starts(self, spec: AttackSpec, rows: Tensor) -> Tensor:
         """The same attack on the same model at alpha 0, with its exact gradient."""
         examples, known = self.base.starts(_identity(spec), self.images)
-        missing = ~known[rows]
-        if bool(missing.any()):
+        missing = rows[~known[rows]]
+        if len(missing):
             with alpha_set(self.model, 0.0), backward_rule(self.model, "exact"):
-                found, spent = self._perturb(spec, rows[missing], None)
-            examples[rows[missing]] = found
-            known[rows[missing]] = True
-            cost[:, missing] += spent
+                found, spent = self._perturb(spec, missing, None)
+            examples[missing] = found
+            known[missing] = True
+            self._owed[:, missing] += spent
         return examples[rows]
 
     def _perturb(
@@ -312,13 +331,6 @@ class _Run:
         return found.detach().to(images), spent
 
 
-def _logits(model: nn.Module, images: Tensor, batch_size: int) -> Any:
-    """Logits of all images by the exact forward; what is no tensor is handed on as it is."""
-    with torch.no_grad():
-        parts = [model(part) for part in torch.split(images, batch_size)]
-    return torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else parts[0]
-
-
 def _identity(spec: AttackSpec) -> str:
     seen_through = "" if spec.rule == "exact" else f" {spec.rule} {spec.temperature}"
     return f"{spec.attack} {sorted(spec.options.items())}{seen_through}"
@@ -352,6 +364,8 @@ def _naming(spec: AttackSpec, where: str = "") -> Iterator[None]:
     """Say which attack failed, keeping the cause."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # with fewer samples it may go
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         at = f" {where}" if where else ""
         raise RuntimeError(f"attack {spec.name!r} ({spec.attack}) failed{at}: {error}") from error

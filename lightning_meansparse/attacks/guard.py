@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,17 +22,24 @@ class Watched(nn.Module):
     Args:
         model: Pixels to logits.
         device: Where its tensors are.
+        listen: Called before every forward pass; may raise.
 
     Attributes:
         forwards: Samples sent through the model since `reset`.
         backwards: Samples whose gradient came back since then.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        listen: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
         # torchattacks asks the first parameter for the device, and a model may have none.
         self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.model = model
+        self.listen = listen
         self.reset()
         self.eval()
 
@@ -43,6 +50,8 @@ class Watched(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of ``images``, ``(N, C, H, W)`` to ``(N, classes)``."""
+        if self.listen is not None:
+            self.listen()
         count = images.shape[0]
         self.forwards += count
         logits: Tensor = self.model(images.contiguous())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,16 @@ class Symptoms:
     noise: Tensor
     zero_gradient: Tensor
     probabilities: Tensor
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Symptoms]) -> Symptoms:
+        """Those of several batches, one after the other."""
+        return cls(
+            *(
+                torch.cat([getattr(part, each.name) for part in parts])
+                for each in dataclasses.fields(cls)
+            )
+        )
 
 
 def symptoms(

@@ -61,6 +61,7 @@ class Measurement:
         self._merged: list[pa.Table] = []
         self._parts: dict[int, pa.Table] = {}
         self._todo: dict[int, Tensor] = {}
+        self._at_once = 256  # images per forward pass; fewer once the memory has run out
         self.round: Round | None = None
         self._advance()
 
@@ -161,8 +162,10 @@ class Measurement:
                     indices=indices,
                     base=pool,
                     progress=progress.tell,
+                    batch_size=self._at_once,
                     keep_examples=sweep.save_examples and bool(round.attacks),
                 )
+            self._at_once = evaluation.batch_size
             tables.append(rows(evaluation, alpha=alpha, split=self.split, round=round.name))
             progress.spent(evaluations(tables[-1]))
             if evaluation.examples is not None:

@@ -1,0 +1,104 @@
+"""What clusters do to jobs: each fault really happens, in processes where it takes some."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from sweeps import CHEAP, FGSM, data, sweep_of, trained_network, trainer, two_signals
+from torch import Tensor, nn
+
+from lightning_meansparse.attacks import BaseExamples, evaluate
+from lightning_meansparse.surgery import alpha_set
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+class Small(nn.Module):
+    """On a device whose memory holds so many images, fewer with gradients, and shrinks meanwhile."""
+
+    def __init__(self, network: nn.Module, fits: int, crowded: int = 10**9) -> None:
+        super().__init__()
+        self.network = network
+        self.fits = fits
+        self.crowded = crowded
+        self.failed = self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        crowded = (
+            self.fits < 99 and self.calls % 8 == 0 and len(images) > 1
+        )  # in the middle of an attack
+        if crowded or len(images) > self.fits // (1 + images.requires_grad):
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+        return self.network(images)
+
+
+def everything(
+    model: nn.Module, fits: int, *, crowded: int = 10**9, **options: Any
+) -> tuple[list[Any], Small]:
+    """Evaluations at two alphas that share base examples, of two attacks that want some."""
+    attacks = [*CHEAP, {**CHEAP[-1], "name": "again", "options": {"steps": 1}}]
+    images, labels = two_signals(21, 1)
+    small, pool, found = Small(model, fits, crowded), BaseExamples(), []
+    for alpha in (0.0, 0.6):
+        with alpha_set(model, alpha):
+            options = {"attacks": attacks, "eps": 0.07, "keep_examples": True, **options}
+            found.append(evaluate(small, images, labels, base=pool, **options))
+    return found, small
+
+
+@pytest.mark.parametrize("crowded", [7, 10, 13])
+def test_out_of_memory_halves_the_batch_and_changes_nothing(caplog: Any, crowded: int) -> None:
+    sweep = sweep_of(attacks=CHEAP)
+    trainer().validate(sweep, data(train=64), verbose=False)
+    model = sweep.classifier
+    roomy, _ = everything(model, 1000)
+    with caplog.at_level(logging.WARNING, logger="lightning_meansparse"):
+        tight, small = everything(model, 13, crowded=crowded, batch_size=roomy[0].batch_size)
+    assert small.failed >= 3
+    assert roomy[0].batch_size == 256
+    assert tight[1].batch_size <= tight[0].batch_size <= 6
+    assert any(
+        "out of memory with 21 images at once: going on with 11" in m for m in caplog.messages
+    )
+    for one, other in zip(roomy, tight, strict=True):
+        assert 0 < one.worst.sum() < one.clean.sum()
+        for field in dataclasses.fields(one):
+            if field.name != "batch_size":
+                a, b = getattr(one, field.name), getattr(other, field.name)
+                if isinstance(a, Tensor):  # float32 rounds by the size of a batch
+                    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * a.is_floating_point())
+                else:
+                    assert a == b, field.name
+
+
+def test_what_fits_is_remembered_and_said_once(caplog: Any) -> None:
+    failed = []
+
+    class Tight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = trained_network()
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 4 and images.requires_grad:
+                failed.append(len(images))
+                raise torch.OutOfMemoryError
+            return self.network(images)
+
+    sweep = sweep_of(Tight(), attacks=FGSM, check_images=0, adapter=None)
+    trainer().validate(sweep, data(train=64, calibration=4), verbose=False)
+    said = [m for m in caplog.messages if "out of memory" in m]
+    assert len(failed) == len(said) == 1
+
+
+def test_a_single_image_that_does_not_fit_is_the_end() -> None:
+    with pytest.raises(RuntimeError, match="does not hold an attack on a single image: free"):
+        everything(trained_network(), 0)
+    with pytest.raises(RuntimeError, match=r"attack 'pgd' .*|does not hold an attack"):
+        everything(trained_network(), 1)
