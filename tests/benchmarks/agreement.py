@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(log_path=False)
     sys.path.insert(0, str(args.reference))
-    model, images, labels, rows = _task(args)
+    model, images, labels, rows = task(args)
     console.log(f"{len(rows)} images that the model classifies right")
     record = _opened(args, rows)
     for spec in SUITES["standard"]:
@@ -114,10 +114,10 @@ def _theirs(
         )
         attack.attacks_to_run = [spec.name]
         found = attack.run_standard_evaluation(images, labels, bs=BATCH)
-    return _right(model, found, labels), watched.forwards, watched.backwards
+    return right(model, found, labels), watched.forwards, watched.backwards
 
 
-def _task(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, list[int]]:
+def task(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, list[int]]:
     """The sparsified demo network, and the first test images that it gets right."""
     data = ImageDataModule(args.dataset, batch_size=BATCH, holdout=0.1, seed=0)
     data.setup()
@@ -130,14 +130,16 @@ def _task(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, list[int
         calibrate_(model, (images for images, _ in data.calibration_dataloader()))
     set_alpha(model, args.alpha)
     images, labels = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
-    right = _right(model, images, labels).nonzero().squeeze(1)[: args.n]
-    if len(right) < args.n:
-        raise ValueError(f"--n is {args.n}, but only {len(right)} test images are classified right")
-    rows = [int(data.parts["test"].rows[place]) for place in right.tolist()]
-    return model, images[right], labels[right], rows
+    correct = right(model, images, labels).nonzero().squeeze(1)[: args.n]
+    if len(correct) < args.n:
+        raise ValueError(
+            f"--n is {args.n}, but only {len(correct)} test images are classified right"
+        )
+    rows = [int(data.parts["test"].rows[place]) for place in correct.tolist()]
+    return model, images[correct], labels[correct], rows
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         logits = torch.cat([model(part) for part in images.split(BATCH)])
     return logits.argmax(dim=1) == labels
