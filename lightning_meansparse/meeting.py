@@ -78,8 +78,11 @@ class Meeting:
         """Let the others know that this process has failed; the first of several is heard."""
         if self._group is None:
             return
-        text = f"process {dist.get_rank()} of {dist.get_world_size()} has failed: "
-        text += f"{type(error).__name__}: {error}"
+        text = f"process {dist.get_rank()} of {dist.get_world_size()} "
+        if isinstance(error, Exception):
+            text += f"has failed: {type(error).__name__}: {error}"
+        else:
+            text += "was told to stop"
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it who could hear
             self._store.compare_set(_FAILED, "", str(error) if type(error) is PeerError else text)
 

@@ -18,7 +18,7 @@ from lightning_meansparse.surgery import alpha_set
 
 
 class Small(nn.Module):
-    """On a device whose memory holds so many images, fewer with gradients, and shrinks meanwhile."""
+    """On a device whose memory holds so many images, fewer with gradients, fewer now and then."""
 
     def __init__(self, network: nn.Module, fits: int, crowded: int = 10**9) -> None:
         super().__init__()

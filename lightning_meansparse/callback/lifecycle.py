@@ -37,6 +37,7 @@ from lightning_meansparse.callback.batches import (
 )
 from lightning_meansparse.callback.options import Where, check_globs, check_options
 from lightning_meansparse.layer import Center
+from lightning_meansparse.meeting import Meeting
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
@@ -322,10 +323,10 @@ class MeanSparseCallback(Callback):
     def _save(self, trainer: Trainer, model: LightningModule) -> None:
         if self.save_to is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.is_global_zero:
-            save_adapter(model, self.save_to, base=self.base, statistics=self.statistics)
-            rank_zero_info(f"MeanSparse: adapter written to {self.save_to}")
-        trainer.strategy.barrier("meansparse_adapter")
+        with Meeting().telling():  # a full disk is not for the others to wait for
+            if trainer.is_global_zero:
+                save_adapter(model, self.save_to, base=self.base, statistics=self.statistics)
+                rank_zero_info(f"MeanSparse: adapter written to {self.save_to}")
 
     def _data(self, trainer: Trainer, model: LightningModule) -> CalibrationData:
         limit = self.max_batches

@@ -1,14 +1,27 @@
-"""Files that are there whole or not at all, in folders that can be written to."""
+"""Files that are there whole or not at all, in folders that one run at a time can write to."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_meansparse.adapter.files import replace_files
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that another process has open cannot be replaced anyway
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -38,3 +51,74 @@ def write_file(content: bytes, path: Path) -> None:
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write a JSON file in one step."""
     write_file(json.dumps(content, allow_nan=False).encode(), path)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say of a write that fails, as on a full disk, where it was and what is left.
+
+    Raises:
+        OSError: In place of the original one.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            f"output {str(folder)!r} cannot be written to any more: {what}. All that was written "
+            "before is whole: put that right, and the same command goes on from there."
+        ) from error
+
+
+class FolderLock:
+    """A folder held by one process, against all that ask, on a shared file system too.
+
+    The lock is the kernel's and ends with the process, however that ends: a file that says the
+    same would have to be believed after `kill -9`, or not at all.
+
+    Args:
+        folder: Must exist.
+
+    Raises:
+        BlockingIOError: If another process holds it; the message says which.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._file = None
+        if fcntl is None:
+            return
+        while True:
+            file = self._path.open("a+", encoding="utf-8")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise BlockingIOError(
+                        f"output {str(folder)!r} is in use by a sweep that runs now ({holder}). "
+                        "Wait until it ends, or name another output."
+                    ) from error
+                _log.warning(
+                    "%s: this file system has no locks (%s); see to it yourself that no two sweeps "
+                    "write there at a time",
+                    *(folder, error.strerror),
+                )
+                return
+            # Whoever held it before has removed the file, perhaps after we had opened it.
+            if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None

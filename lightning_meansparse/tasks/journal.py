@@ -23,7 +23,13 @@ from torch import Tensor
 
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
 from lightning_meansparse.records import read_records, write_records
-from lightning_meansparse.tasks.files import write_file, write_json
+from lightning_meansparse.tasks.files import (
+    FolderLock,
+    check_folder,
+    write_file,
+    write_json,
+    writing,
+)
 from lightning_meansparse.tasks.rounds import Round
 
 _log = logging.getLogger(__name__)
@@ -63,6 +69,7 @@ class Journal:
         self.about: dict[str, Any] = {}
         self._configuration: dict[str, Any] = {}
         self._digest = ""
+        self._lock: FolderLock | None = None
 
     def open(self, configuration: Mapping[str, Any], split: str) -> None:
         """Compare the folder with what is to be measured now; write nothing.
@@ -95,11 +102,35 @@ class Journal:
         identity = {**new, "data": new["data"][split]}
         self._digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
+    def hold(self, configuration: Mapping[str, Any], split: str) -> None:
+        """Make the folder, keep other sweeps out of it, and compare again: one may just have ended.
+
+        Args:
+            configuration: As for `open`, which comes first: it writes nothing if it refuses.
+            split: The same.
+
+        Raises:
+            ValueError: As `open`, or if the folder cannot be written to.
+            BlockingIOError: If another sweep is running there.
+        """
+        if self.folder is None:
+            return
+        check_folder(self.folder, "output")
+        if self.rank == 0:
+            self._lock = FolderLock(self.folder)
+            self.open(configuration, split)
+
+    def release(self) -> None:
+        """Let other sweeps in."""
+        if self._lock is not None:
+            self._lock.release()
+
     def begin(self, notes: Mapping[str, Any]) -> None:
         """Write what is measured, with notes that decide nothing."""
         if self.folder is not None and self.rank == 0:
             content = {"format_version": FORMAT_VERSION, "notes": dict(notes)}
-            write_json({**content, **self._configuration}, self.folder / CONFIGURATION)
+            with writing(self.folder):
+                write_json({**content, **self._configuration}, self.folder / CONFIGURATION)
 
     @property
     def adapter(self) -> Path | None:
@@ -146,11 +177,12 @@ class Journal:
         """Write the rows of one batch, after its adversarial examples if there are any."""
         path = self._path(_PARTS, "parquet", split, round, batch)
         beside = self._path(_EXAMPLES, "safetensors", split, round, batch)
-        if path is None or beside is None:
+        if self.folder is None or path is None or beside is None:
             return
-        if examples:
-            write_file(save({k: v.contiguous() for k, v in examples.items()}), beside)
-        write_records(rows, path, {**self.about, **self._mark(path)})
+        with writing(self.folder):
+            if examples:
+                write_file(save({k: v.contiguous() for k, v in examples.items()}), beside)
+            write_records(rows, path, {**self.about, **self._mark(path)})
 
     def close(self, split: str) -> None:
         """Remove the parts of a split that is in the records, and what kills have left behind."""

@@ -101,6 +101,7 @@ class Measurement:
             self.sweep.progress.end()
             mine = [self._parts[batch] for batch in sorted(self._parts)]
             rows = pa.concat_tables([SCHEMA.empty_table(), *mine])
+            self.sweep.together.meet()
             self._merged.append(merged_table(rows, self.sweep.device))
             self._advance()
         return self.table
@@ -162,6 +163,7 @@ class Measurement:
                     indices=indices,
                     base=pool,
                     progress=progress.tell,
+                    listen=sweep.together.listen,
                     batch_size=self._at_once,
                     keep_examples=sweep.save_examples and bool(round.attacks),
                 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from typing import TypeVar
 
 from lightning.pytorch import Trainer
@@ -129,17 +128,8 @@ class SweepProgress:
             self._bar.stop()
         self._bar = self._task = None
 
-    @contextmanager
-    def down_on_error(self) -> Iterator[None]:
-        """Leave the terminal as it was, also after Ctrl-C: Lightning calls no hook of ours then."""
-        try:
-            yield
-        except BaseException:
-            self.give_back()
-            raise
-
     def give_back(self) -> None:
-        """Give the trainer its own bar back."""
+        """Leave the terminal as it was, and give the trainer its own bar back."""
         self.end()
         if self._hidden is not None:
             self._hidden.enable()

@@ -11,7 +11,7 @@ from lightning_meansparse.adapter.base import noted_statistics
 from lightning_meansparse.records import HELD_OUT, MAIN, TEST, AlphaSummary, write_records
 from lightning_meansparse.surgery import operators
 from lightning_meansparse.tasks import facts
-from lightning_meansparse.tasks.files import write_json
+from lightning_meansparse.tasks.files import write_json, writing
 from lightning_meansparse.tasks.journal import ADAPTER, RECORDS, SITES
 
 if TYPE_CHECKING:
@@ -57,24 +57,26 @@ def write_results(sweep: AlphaSweep, run: Measurement, sites: dict[str, Any] | N
     journal = run.journal
     if journal.folder is None or journal.rank:
         return
-    if run.fresh:
-        if sites is not None:
-            write_json(sites, journal.folder / SITES)
-        if operators(sweep.classifier):
-            write_adapter(sweep, journal.folder)
-        tables = [run.table, *journal.elsewhere(run.split)]
-        write_records(tables, journal.folder / RECORDS, sweep.metadata())
-    journal.close(run.split)
+    with writing(journal.folder):
+        if run.fresh:
+            if sites is not None:
+                write_json(sites, journal.folder / SITES)
+            if operators(sweep.classifier):
+                write_adapter(sweep, journal.folder)
+            tables = [run.table, *journal.elsewhere(run.split)]
+            write_records(tables, journal.folder / RECORDS, sweep.metadata())
+        journal.close(run.split)
 
 
 def write_adapter(sweep: AlphaSweep, folder: Path) -> None:
     """Write the statistics, the alpha in place, and what is known about it."""
     known = judged(sweep)
-    save_adapter(
-        sweep.classifier,
-        folder / ADAPTER,
-        # Statistics that came with the model or an adapter are not the sweep's own.
-        statistics=noted_statistics(sweep.classifier) or sweep.statistics,
-        calibration=sweep.calibration or None,
-        evaluation={**facts.settings(sweep), **facts.result(known)} if known else None,
-    )
+    with writing(folder):
+        save_adapter(
+            sweep.classifier,
+            folder / ADAPTER,
+            # Statistics that came with the model or an adapter are not the sweep's own.
+            statistics=noted_statistics(sweep.classifier) or sweep.statistics,
+            calibration=sweep.calibration or None,
+            evaluation={**facts.settings(sweep), **facts.result(known)} if known else None,
+        )

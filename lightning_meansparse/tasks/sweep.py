@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from lightning_meansparse.adapter import load_adapter
@@ -32,7 +32,6 @@ from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.ascent import Norm
 from lightning_meansparse.tasks.batches import Transferred, images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
-from lightning_meansparse.tasks.files import check_folder
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.measuring import Measurement, check_rounds
 from lightning_meansparse.tasks.occupancy import Occupancy
@@ -49,6 +48,7 @@ from lightning_meansparse.tasks.samples import (
     only_loader,
 )
 from lightning_meansparse.tasks.selection import Select, check_attacks, check_select, strategy
+from lightning_meansparse.tasks.together import Together
 
 _log = logging.getLogger(__name__)
 
@@ -194,6 +194,7 @@ class AlphaSweep(LightningModule):
         self.center = next(iter(given.values())).center if given else center
         self.given_statistics = statistics_hash(self.classifier) if given else None
         self.progress = SweepProgress()
+        self.together = Together(self)
         self.chosen_alpha: float | None = None
         self.reason: str | None = None
         self.summaries: dict[str, list[AlphaSummary]] = {}
@@ -233,13 +234,14 @@ class AlphaSweep(LightningModule):
         """Return what the records say about how they were measured."""
         return facts.metadata(self)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What the trainer calls at the end of a run, also at one that no hook here hears of."""
+        return [] if self.together in self.trainer.callbacks else [self.together]  # type: ignore[attr-defined]
+
     def setup(self, stage: str) -> None:
         """Show a progress bar that knows alphas and attacks, not only batches."""
+        self.together.ending.callback(self.progress.give_back)
         self.progress.take_over(self.trainer)
-
-    def teardown(self, stage: str) -> None:
-        """Give the trainer its own progress bar back."""
-        self.progress.give_back()
 
     # ------------------------------------------------------------------ held-out images: choose
 
@@ -323,23 +325,25 @@ class AlphaSweep(LightningModule):
         samples = dealt(batch_indices(only)[: int(batches[0])], self.device)
         dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
-        if not dry:
-            journal.open(facts.configuration(self, split, only, samples), split)
+        self.together.ending.callback(journal.release)
+        configuration = {} if dry else facts.configuration(self, split, only, samples)
+        with self.together.first_process_first():  # all have read before one writes
+            journal.open(configuration, split)
+            undecided = self.chosen_alpha is None and "chosen_alpha" not in journal.metadata
+            if split == TEST and self.test_alphas == "chosen" and undecided:
+                raise RuntimeError(
+                    "no alpha is chosen yet: run trainer.validate(sweep, ...) before trainer.test, "
+                    "or set test_alphas='all' to measure every alpha without a choice"
+                )
+            journal.hold(configuration, split)
         known = journal.metadata
         self.rounds = {**known.get("rounds", {}), **self.rounds}
         if self.chosen_alpha is None and "chosen_alpha" in known:
             self.chosen_alpha, self.reason = known["chosen_alpha"], known["select"]["reason"]
-        if split == TEST and self.test_alphas == "chosen" and self.chosen_alpha is None:
-            raise RuntimeError(
-                "no alpha is chosen yet: run trainer.validate(sweep, ...) before trainer.test, or "
-                "set test_alphas='all' to measure every alpha without a choice"
-            )
-        if journal.folder is not None:
-            check_folder(journal.folder, "output")
-        self.trainer.strategy.barrier("alpha_sweep")  # every rank has read before one writes
         journal.begin(self.notes)
+        self.together.kept_in = journal.folder
         # Tensors made under inference mode could never be differentiated again.
-        with torch.inference_mode(False), torch.no_grad(), self.progress.down_on_error():
+        with torch.inference_mode(False), torch.no_grad():
             found = calibrated(self, journal.adapter)
         if self.chosen_alpha is not None and operators(self.classifier):
             set_alpha(self.classifier, self.chosen_alpha)
@@ -352,15 +356,13 @@ class AlphaSweep(LightningModule):
 
     def _add(self, batch: Any, number: int) -> Tensor:
         images, labels = images_and_labels(batch)
-        with self.progress.down_on_error():
-            self._measurement.add(number, images, labels)
+        self._measurement.add(number, images, labels)
         return images
 
     def _finish(self, split: str, loader: Any) -> pa.Table:
         """Carry out the rounds that are left, and log what all of them say."""
         run, batches = self._measurement, Transferred(self.trainer, only_loader(loader))
-        with self.progress.down_on_error():
-            table = self._records[split] = run.complete(batches)
+        table = self._records[split] = run.complete(batches)
         self.rounds[split] = facts.about_rounds(self, run.rounds)
         for round in run.rounds:
             summaries = summarize(table, split=split, round=round.name)
@@ -388,7 +390,7 @@ class AlphaSweep(LightningModule):
 
     def _write(self) -> None:
         write_results(self, self._measurement, self._sites)
-        self.trainer.strategy.barrier("alpha_sweep")
+        self.together.meet()
 
 
 def _classifier(model: nn.Module | str) -> Classifier:

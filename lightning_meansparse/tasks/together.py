@@ -1,0 +1,123 @@
+"""A sweep from its beginning to its end, whichever that is, on all processes together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_meansparse.meeting import Meeting
+
+if TYPE_CHECKING:
+    from lightning_meansparse.tasks.sweep import AlphaSweep
+
+_log = logging.getLogger(__name__)
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code after SIGTERM, as shells have it."""
+
+
+class Together(Callback):
+    """Sees to it that no process waits for one that has failed, and that all end as one.
+
+    Whatever ends a run (an exception anywhere in it, Ctrl-C, SIGTERM, a logger that raises), what
+    was taken for the run is given back, and the other processes hear of it: those who wait at once,
+    those who work at the next forward pass. One that was killed cannot tell; who waits for it sees
+    that, and torchrun, Lightning and `srun --kill-on-bad-exit` end those who work.
+
+    Args:
+        sweep: The sweep.
+
+    Attributes:
+        ending: What to undo at the end of the run.
+        kept_in: Where the run keeps what it measures, once that has begun.
+    """
+
+    def __init__(self, sweep: AlphaSweep) -> None:
+        self.sweep = sweep
+        self.ending = contextlib.ExitStack()
+        self.kept_in: Path | None = None
+        self._meeting: Meeting | None = None
+
+    def meet(self) -> None:
+        """Wait for the other processes, however long it takes; raise if one has failed."""
+        if self._meeting is not None:
+            self._meeting.meet()
+
+    def listen(self, *_: object) -> None:
+        """Raise if another process has failed; may be called often, and as a hook."""
+        if self._meeting is not None:
+            self._meeting.listen()
+
+    @contextlib.contextmanager
+    def first_process_first(self) -> Iterator[None]:
+        """Let the others in when the first process is through, and nobody on before all are."""
+        first = self.sweep.trainer.is_global_zero
+        if not first:
+            self.meet()
+        yield
+        if first:
+            self.meet()
+        self.meet()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the meeting."""
+        self._meeting = Meeting()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at SIGTERM."""
+        _stop_at_sigterm()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at SIGTERM."""
+        _stop_at_sigterm()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Tell the others, and give back what was taken."""
+        if self._meeting is not None:
+            self._meeting.tell(exception)
+        self._meeting = None  # and not closed: who has left without a word is still awaited there
+        self.ending.close()
+        if self.kept_in is not None and trainer.is_global_zero:
+            _log.warning(
+                "the sweep has stopped (%s); what it has measured is in %s, and the same command "
+                "goes on from there",
+                *(type(exception).__name__, self.kept_in),
+            )
+        self.kept_in = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave only when all others may leave: a logger may have failed on one of them."""
+        self.meet()
+        if self._meeting is not None:
+            self._meeting.close()
+        self._meeting = self.kept_in = None
+        self.ending.close()
+
+
+def _stop_at_sigterm() -> None:
+    """End as after Ctrl-C, at once: files are there whole or not at all.
+
+    Lightning's own handler waits for the end of an epoch, after a broadcast inside the handler
+    that hangs unless every process got the signal at the same place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python lets only that one set a handler
+    mine = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != mine:  # a worker that was forked off, and is told to end
+            os._exit(TERMINATED)
+        _log.warning("SIGTERM: the sweep stops")
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)
