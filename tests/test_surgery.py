@@ -143,6 +143,20 @@ def test_calibration_measures_what_reaches_each_site(net: Net) -> None:
     assert set(alphas(net).values()) == {2.0}
 
 
+def test_one_pass_serves_every_placement(net: Net) -> None:
+    alone: dict[str, MeanSparse] = {}
+    for site in SITES:
+        twin = copy.deepcopy(net)
+        sparsify_(twin, [site], alpha=1.0)
+        calibrate_(twin, IMAGES.split(5))
+        alone |= operators(twin)
+    sparsify_(net, SITES, alpha=1.0)
+    calibrate_(net, IMAGES.split(5))
+    for name, op in operators(net).items():
+        assert torch.equal(op.mean, alone[name].mean)
+        assert torch.equal(op.var, alone[name].var)
+
+
 def test_a_second_calibration_overwrites_and_a_failed_one_changes_nothing(calibrated: Net) -> None:
     first = {name: op.mean.clone() for name, op in operators(calibrated).items()}
     other = IMAGES * 0.3
