@@ -13,9 +13,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_FAILED = "failed"
+_FAILED, _HEARD = "failed", "heard"
 _FOREVER = timedelta(days=365)
 _LISTEN_EVERY = 1.0  # seconds; what others hear a second later they hear soon enough
+_SPEAK_FOR = 3.0  # seconds; the process that told may take the store with it when it ends
 
 
 class PeerError(ConnectionError):
@@ -79,12 +80,21 @@ class Meeting:
         if self._group is None:
             return
         text = f"process {dist.get_rank()} of {dist.get_world_size()} "
-        if isinstance(error, Exception):
+        if isinstance(error, PeerError):
+            text = str(error)
+        elif isinstance(error, Exception):
             text += f"has failed: {type(error).__name__}: {error}"
         else:
             text += "was told to stop"
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it who could hear
-            self._store.compare_set(_FAILED, "", str(error) if type(error) is PeerError else text)
+            if self._store.compare_set(_FAILED, "", text).decode() != text:
+                self._store.add(_HEARD, 1)
+                return
+            silence = time.monotonic() + _SPEAK_FOR
+            while self._store.add(_HEARD, 0) < dist.get_world_size() - 1:
+                if time.monotonic() > silence:
+                    break
+                time.sleep(0.02)
 
     def close(self) -> None:
         """Take the group down; only after all have met."""
@@ -105,8 +115,10 @@ class Meeting:
 
     def _raise_if_told(self) -> None:
         try:
-            told = self._store.get(_FAILED).decode() if self._store.check([_FAILED]) else ""
+            if not self._store.check([_FAILED]):
+                return
+            told = self._store.get(_FAILED).decode()
+            self._store.add(_HEARD, 1)
         except RuntimeError as error:
             raise PeerError("the first process has ended without a word") from error
-        if told:
-            raise PeerError(told)
+        raise PeerError(told)

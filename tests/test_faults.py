@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from sweeps import CHEAP, FGSM, data, sweep_of, trained_network, trainer, two_signals
 from torch import Tensor, nn
@@ -102,3 +107,57 @@ def test_a_single_image_that_does_not_fit_is_the_end() -> None:
         everything(trained_network(), 0)
     with pytest.raises(RuntimeError, match=r"attack 'pgd' .*|does not hold an attack"):
         everything(trained_network(), 1)
+
+
+# ------------------------------------------------------------------- one process of two has a fault
+
+
+def here(signal_number: int) -> None:
+    os.kill(os.getpid(), signal_number)
+
+
+def fail() -> None:
+    raise OSError("the weather")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: Any) -> dict[str, bytes]:
+    """What an undisturbed sweep of two processes leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    ranks.sweep(folder / "one")  # what it imports, those that are forked off have
+    assert [each.code for each in ranks.run(folder / "sweep", log=folder / "log")] == [0, 0]
+    return ranks.contents(folder / "sweep")
+
+
+GONE = "another process has ended without a word"
+STOPPED = "the sweep has stopped"
+
+
+@pytest.mark.parametrize(
+    ("rank", "act", "codes", "told"),
+    [
+        (1, partial(here, signal.SIGKILL), (1, -9), (GONE, "")),
+        (0, partial(here, signal.SIGKILL), (-9, 1), ("", "has ended without a word")),
+        (
+            1,
+            partial(here, signal.SIGTERM),
+            (1, 143),
+            ("process 1 of 2 was told to stop", "SIGTERM"),
+        ),
+        (0, partial(here, signal.SIGTERM), (143, 1), (STOPPED, "process 0 of 2 was told to stop")),
+        (0, partial(here, signal.SIGINT), (1, 1), (STOPPED, "process 0 of 2 was told to stop")),
+        (1, fail, (1, 1), ("process 1 of 2 has failed: OSError: the weather", "the weather")),
+    ],
+    ids=["kill 1", "kill 0", "SIGTERM 1", "SIGTERM 0", "SIGINT 0", "exception 1"],
+)
+def test_what_ends_one_process_ends_all(
+    tmp_path: Path, whole: Any, rank: int, act: Any, codes: Any, told: Any
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    found = ranks.run(folder, fault=ranks.at_attack(rank, 2, act), log=log)
+    assert tuple(each.code for each in found) == codes, found
+    for each, text in zip(found, told, strict=True):
+        assert text in each.text
+    assert len(list((folder / "parts").glob("*.parquet"))) >= 1
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
