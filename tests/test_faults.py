@@ -17,6 +17,7 @@ from sweeps import CHEAP, FGSM, data, sweep_of, trained_network, trainer, two_si
 from torch import Tensor, nn
 
 from lightning_meansparse.attacks import BaseExamples, evaluate
+from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.surgery import alpha_set
 
 # ---------------------------------------------------------------------------------------- memory
@@ -161,3 +162,24 @@ def test_what_ends_one_process_ends_all(
     assert len(list((folder / "parts").glob("*.parquet"))) >= 1
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
     assert ranks.contents(folder) == whole
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("part", ["holdout", "train"])
+def test_a_worker_that_hangs_is_not_waited_for_forever(monkeypatch: Any, part: Any) -> None:
+    module = data(train=64, holdout=0.25, num_workers=1, worker_timeout=0.5)
+    module.setup()
+    read, stuck = ImagePart.__getitems__, len(module.parts[part])
+
+    def hang(self: ImagePart, places: list[int]) -> Any:
+        if torch.utils.data.get_worker_info() is not None and len(self) == stuck:
+            signal.pause()  # as storage does that has stopped to answer
+        return read(self, places)
+
+    monkeypatch.setattr(ImagePart, "__getitems__", hang)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    told = r"no worker has given a batch for 0.5 s: .*num_workers=0"
+    with pytest.raises(TimeoutError, match=told):
+        trainer().validate(sweep_of(attacks=FGSM), module, verbose=False)

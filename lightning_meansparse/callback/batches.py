@@ -29,6 +29,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_meansparse.data.loading import PatientLoader
 from lightning_meansparse.data.stream import StreamPart
 from lightning_meansparse.surgery import images_in
 
@@ -231,8 +232,12 @@ def _sharded(
 
 
 def _streamed(like: DataLoader[Any], part: StreamPart) -> DataLoader[Any]:
-    return DataLoader(
-        part, like.batch_size, num_workers=like.num_workers, pin_memory=like.pin_memory
+    return PatientLoader(
+        part,
+        like.batch_size,
+        num_workers=like.num_workers,
+        pin_memory=like.pin_memory,
+        timeout=like.timeout,
     )
 
 
@@ -247,7 +252,7 @@ def _loader(like: DataLoader[Any], indices: list[int], *, workers: int) -> DataL
             "worker_init_fn": like.worker_init_fn,
             "timeout": like.timeout,
         }
-    return DataLoader(
+    return PatientLoader(
         like.dataset,
         batch_size=None if like.batch_sampler is None else _batch_size(like),
         sampler=indices,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,14 @@ from lightning_meansparse.data.augment import resolve_augment
 from lightning_meansparse.data.fitting import eval_transform, named
 from lightning_meansparse.data.images import ImagePart, Part, channels_of, fingerprint_of, parts_of
 from lightning_meansparse.data.labels import Classes, classes_of
-from lightning_meansparse.data.parts import Rows, held_out_count, limited, stratified_order
+from lightning_meansparse.data.loading import PatientLoader
+from lightning_meansparse.data.parts import (
+    Rows,
+    held_out_count,
+    limited,
+    split_of,
+    stratified_order,
+)
 from lightning_meansparse.data.pixels import CodedPixels, resized
 from lightning_meansparse.data.sources import MEMORY_LIMIT, Request, Split, is_local, open_splits
 from lightning_meansparse.data.stream import StreamLoader, StreamPart, open_streams
@@ -34,7 +41,6 @@ Channels = Literal[1, 3, 4]
 
 _Parts = dict[Part, ImagePart | StreamPart]
 _Made = tuple[_Parts, Classes, dict[str, Rows]]
-_T = TypeVar("_T")
 
 
 class ImageDataModule(LightningDataModule):
@@ -76,6 +82,7 @@ class ImageDataModule(LightningDataModule):
         limit_holdout: Keep this many held-out images; None for all.
         limit_test: Keep this many test images; None for all.
         num_workers: Processes that load; 0 is fastest for small images, which are kept in memory.
+        worker_timeout: Seconds to wait for a batch of these processes before that is an error.
         seed: Of the division and the limits; shuffling follows `seed_everything`.
         train_split: Name of the training split.
         test_split: Name of the test split; None for no test.
@@ -131,6 +138,7 @@ class ImageDataModule(LightningDataModule):
         limit_holdout: int | None = None,
         limit_test: int | None = None,
         num_workers: int = 0,
+        worker_timeout: float = 60.0,
         seed: int = 0,
         train_split: str = "train",
         test_split: str | None = "test",
@@ -164,6 +172,7 @@ class ImageDataModule(LightningDataModule):
         self.limit_holdout = limit_holdout
         self.limit_test = limit_test
         self.num_workers = num_workers
+        self.worker_timeout = worker_timeout
         self.seed = seed
         self.train_split = train_split
         self.test_split = test_split
@@ -220,8 +229,8 @@ class ImageDataModule(LightningDataModule):
     def _stored(self, request: Request, labels: Sequence[str] | None) -> _Made:
         """Divide a data set whose images have numbers."""
         opened = open_splits(self.dataset, request)
-        train = _get(opened, self.train_split, "train_split")()
-        test = _get(opened, self.test_split, "test_split")() if self.test_split else None
+        train = split_of(opened, self.train_split, "train_split")()
+        test = split_of(opened, self.test_split, "test_split")() if self.test_split else None
         where = f"train_split={self.train_split!r}"
         classes = classes_of(
             train.labels, train.class_names, given=self._given_names, model=labels, where=where
@@ -252,8 +261,8 @@ class ImageDataModule(LightningDataModule):
             )
         held_out_count(self.holdout, 1 + bool(self.holdout))
         streams = open_streams(self.dataset, request)
-        train = _get(streams, self.train_split, "train_split")
-        test = _get(streams, self.test_split, "test_split") if self.test_split else None
+        train = split_of(streams, self.train_split, "train_split")
+        test = split_of(streams, self.test_split, "test_split") if self.test_split else None
         where = f"train_split={self.train_split!r}"
         if train.names is None and self._given_names is None and labels is None:
             raise ValueError(
@@ -371,30 +380,20 @@ class ImageDataModule(LightningDataModule):
                 "call setup() before asking for a dataloader, or give it to a Trainer"
             )
         if name not in self.parts:
-            raise RuntimeError(
-                "there is no test data: ImageDataModule was made with test_split=None"
-            )
+            raise RuntimeError("there is no test data: the data were made with test_split=None")
         return self.parts[name]
 
     def _loader(
         self, part: ImagePart | StreamPart, *, shuffle: bool = False
     ) -> DataLoader[tuple[Tensor, int]]:
-        kind: Any = StreamLoader if isinstance(part, StreamPart) else DataLoader
-        loader: DataLoader[tuple[Tensor, int]] = kind(
+        kind = StreamLoader if isinstance(part, StreamPart) else PatientLoader[tuple[Tensor, int]]
+        return kind(
             part,
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
+            timeout=self.worker_timeout if self.num_workers else 0,
             # A stream is told its epoch before its workers start.
-            persistent_workers=self.num_workers > 0 and kind is DataLoader,
+            persistent_workers=self.num_workers > 0 and kind is not StreamLoader,
             pin_memory=torch.cuda.is_available(),
         )
-        return loader
-
-
-def _get(splits: Mapping[str, _T], name: str, argument: str) -> _T:
-    if name not in splits:
-        raise ValueError(
-            f"{argument}={name!r} is no split of the data set, which has: {', '.join(splits)}"
-        )
-    return splits[name]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+
+_T = TypeVar("_T")
 
 
 def stratified_order(labels: Rows, seed: int) -> Rows:
@@ -75,3 +80,16 @@ def limited(rows: Rows, limit: int | None, *, name: str, where: str) -> Rows:
     if not 1 <= limit <= len(rows):
         raise ValueError(f"{name}={limit}, but {where} has {len(rows)} images; give 1 to that many")
     return rows[:limit]
+
+
+def split_of(splits: Mapping[str, _T], name: str, argument: str) -> _T:
+    """Return one split, or say which there are.
+
+    Raises:
+        ValueError: Naming the argument that asked for it.
+    """
+    if name not in splits:
+        raise ValueError(
+            f"{argument}={name!r} is no split of the data set, which has: {', '.join(splits)}"
+        )
+    return splits[name]

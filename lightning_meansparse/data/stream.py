@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_meansparse.data.augment import Augment
 from lightning_meansparse.data.labels import Classes
+from lightning_meansparse.data.loading import PatientLoader
 from lightning_meansparse.data.pixels import (
     Coded,
     CodedPixels,
@@ -239,7 +240,7 @@ class StreamPart(IterableDataset[tuple[Tensor, int]]):
         return pixels[0], int(number[0])
 
 
-class StreamLoader(DataLoader[tuple[Tensor, int]]):
+class StreamLoader(PatientLoader[tuple[Tensor, int]]):
     """A loader whose stream knows, also in its workers, which epoch it is."""
 
     def __iter__(self) -> Any:

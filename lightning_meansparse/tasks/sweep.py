@@ -317,12 +317,10 @@ class AlphaSweep(LightningModule):
 
     # ----------------------------------------------------------------------------- what both do
 
-    def _begin(
-        self, split: str, loader: Any, batches: Sequence[int | float]
-    ) -> tuple[Samples, Journal]:
+    def _begin(self, split: str, loader: Any, counts: Sequence[float]) -> tuple[Samples, Journal]:
         """Compare the output with what is asked for, and calibrate, before anything is measured."""
         only = only_loader(loader)
-        samples = dealt(batch_indices(only)[: int(batches[0])], self.device)
+        samples = dealt(batch_indices(only)[: int(counts[0])], self.device)
         dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
         self.together.ending.callback(journal.release)
