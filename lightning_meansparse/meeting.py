@@ -87,8 +87,10 @@ class Meeting:
         else:
             text += "was told to stop"
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it who could hear
-            if self._store.compare_set(_FAILED, "", text).decode() != text:
+            first = self._store.compare_set(_FAILED, "", text).decode() == text
+            if not first:
                 self._store.add(_HEARD, 1)
+            if not first or isinstance(error, PeerError):
                 return
             silence = time.monotonic() + _SPEAK_FOR
             while self._store.add(_HEARD, 0) < dist.get_world_size() - 1:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import multiprocessing
 import os
+import resource
 import signal
+import socket
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import ranks
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from sweeps import CHEAP, FGSM, data, sweep_of, trained_network, trainer, two_signals
 from torch import Tensor, nn
 
 from lightning_meansparse.attacks import BaseExamples, evaluate
 from lightning_meansparse.data.images import ImagePart
-from lightning_meansparse.surgery import alpha_set
+from lightning_meansparse.records import read_records
+from lightning_meansparse.sites import find_sites
+from lightning_meansparse.surgery import alpha_set, calibrate_, operators, restore_, sparsify_
+from lightning_meansparse.tasks import files, journal
 
 # ---------------------------------------------------------------------------------------- memory
 
@@ -164,6 +177,147 @@ def test_what_ends_one_process_ends_all(
     assert ranks.contents(folder) == whole
 
 
+# ----------------------------------------------------------------------------------------- the disk
+
+
+def full(rank: int) -> None:
+    """The kernel refuses the second process what is longer than this, as a full disk would."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_ends_all_and_spoils_nothing(tmp_path: Path, whole: Any) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    zero, one = ranks.run(folder, fault=full, log=log)
+    assert (zero.code, one.code) == (1, 1)
+    assert "process 1 of 2 has failed: OSError: output" in zero.text
+    assert "cannot be written to any more: File too large. All that was written before" in zero.text
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
+def read_only(rank: int) -> None:
+    if rank == 1:
+        files.check_folder = journal.check_folder = partial(refused, files.check_folder)
+
+
+def refused(check: Any, folder: Path, name: str) -> None:
+    """As on a node where it is mounted read-only; root may write wherever there are folders."""
+    check(folder / "sweep.json" / "below a file", name)
+
+
+def test_a_folder_that_one_process_cannot_write_to_ends_all(tmp_path: Path, whole: Any) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    folder.mkdir()
+    (folder / "sweep.json").write_bytes(whole["sweep.json"])
+    before = ranks.contents(folder)
+    zero, one = ranks.run(folder, fault=read_only, log=log)
+    assert (zero.code, one.code) == (1, 1)
+    assert "process 1 of 2 has failed: ValueError: output must be a folder" in zero.text
+    assert "Not a directory. Name another." in one.text
+    assert ranks.contents(folder) == before
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+
+
+def test_damaged_files_are_measured_again_or_refused_by_all(tmp_path: Path, whole: Any) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    ranks.run(folder, fault=ranks.at_attack(-1, 3, partial(here, signal.SIGKILL)), log=log)
+    part = next((folder / "parts").glob("*-1.parquet"))
+    part.write_bytes(part.read_bytes()[:-100])
+    tensors = folder / "adapter" / "meansparse.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    zero, one = ranks.run(folder, log=log)
+    assert (zero.code, one.code) == (0, 0)
+    assert "measuring the statistics again: " in zero.text
+    assert "measuring a batch again: " in one.text
+    assert "measuring a batch again: " not in zero.text
+    assert ranks.contents(folder) == whole
+    (folder / "sweep.json").write_bytes(b"{")
+    zero, one = ranks.run(folder, log=log)
+    assert (zero.code, one.code) == (1, 1)
+    assert "is damaged or of another version" in zero.text
+    assert "process 0 of 2 has failed: ValueError: " in one.text
+
+
+# ----------------------------------------------------------------------- two sweeps, one folder
+
+
+@pytest.mark.parametrize("end", ["waits", "is killed"])
+def test_of_two_sweeps_in_one_folder_the_second_is_refused(
+    tmp_path: Path, whole: Any, end: str
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    here, there = multiprocessing.get_context("fork").Pipe()
+
+    def pause() -> None:
+        there.send(os.getpid())
+        there.recv()
+
+    with ranks.started(folder, fault=ranks.at_attack(0, 2, pause), log=log) as first:
+        holder = here.recv()
+        before = ranks.contents(folder)
+        zero, one = ranks.run(folder, log=tmp_path / "second")
+        assert (zero.code, one.code) == (1, 1)
+        told = f"is in use by a sweep that runs now (process {holder} on {socket.gethostname()})"
+        assert told in zero.text
+        assert (
+            f"process 0 of 2 has failed: BlockingIOError: output {str(folder)!r} {told}" in one.text
+        )
+        assert before.items() <= ranks.contents(folder).items()
+        if end == "waits":
+            here.send("go on")
+            assert [each.code for each in ranks.ended(first, log)] == [0, 0]
+    if end == "is killed":
+        assert (folder / ".lock").exists()
+        assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert not (folder / ".lock").exists()
+    assert ranks.contents(folder) == whole
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    def never(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", never)
+    files.FolderLock(tmp_path).release()
+    assert "this file system has no locks (No locks available); see to it yourself" in caplog.text
+
+
+# ----------------------------------------------------------------------------- a slow one, a logger
+
+
+def test_a_slow_process_is_waited_for_longer_than_collectives_would(
+    tmp_path: Path, whole: Any
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    impatient = {"strategy": DDPStrategy(timeout=timedelta(seconds=1))}
+    slow = ranks.at_attack(1, 2, partial(time.sleep, 2))
+    found = ranks.run(folder, fault=slow, log=log, trainer_options=impatient)
+    assert [each.code for each in found] == [0, 0], found
+    assert ranks.contents(folder) == whole
+
+
+class Refusing(CSVLogger):
+    """Its server is down by the time there is something to say."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        raise ConnectionError("the tracking server does not answer")
+
+
+def test_a_logger_that_raises_ends_all_with_the_records_written(tmp_path: Path, whole: Any) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    logger = {"logger": Refusing(tmp_path)}
+    zero, one = ranks.run(folder, log=log, trainer_options=logger)
+    assert (zero.code, one.code) == (1, 1)
+    assert "the tracking server does not answer" in zero.text
+    assert "process 0 of 2 has failed: ConnectionError: the tracking server does not" in one.text
+    assert (folder / "records.parquet").exists()
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -183,3 +337,81 @@ def test_a_worker_that_hangs_is_not_waited_for_forever(monkeypatch: Any, part: A
     told = r"no worker has given a batch for 0.5 s: .*num_workers=0"
     with pytest.raises(TimeoutError, match=told):
         trainer().validate(sweep_of(attacks=FGSM), module, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")
+def test_an_empty_loader_is_an_error() -> None:
+    sweep, images = sweep_of(attacks=FGSM), data(train=40, holdout=0)
+    with pytest.raises(ValueError, match="no held-out images to choose alpha on: give"):
+        trainer().validate(sweep, images, verbose=False)
+    with pytest.raises(ValueError, match="no held-out images to choose alpha on: give"):
+        trainer(limit_val_batches=0).validate(sweep, data(train=40), verbose=False)
+
+
+def test_no_training_images_are_an_error() -> None:
+    sweep, module = sweep_of(attacks=FGSM), data(train=40)
+    module.calibration_dataloader = lambda: []
+    with pytest.raises(ValueError, match="there is no batch in it"):
+        trainer().validate(sweep, module, verbose=False)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_fewer_samples_than_processes(tmp_path: Path, world: int) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    images = data(train=6, holdout=2, batch_size=16, test=1)
+    images.setup()
+    found = ranks.run(folder, world, log=log, images=images)
+    assert [each.code for each in found] == [0] * world, found
+    table, _ = read_records(folder)
+    rows = table.filter((pc.field("alpha") == 0.0) & (pc.field("order") == 0)).to_pydict()
+    seen = sorted(zip(rows["split"], rows["index"], strict=True))
+    held, tested = (images.parts[part].rows.tolist() for part in ("holdout", "test"))
+    assert seen == [*(("held-out", i) for i in sorted(held)), *(("test", i) for i in tested)]
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def overflow(rank: int) -> None:
+    """Training images of the second process come out as something else."""
+    read = ImagePart.__getitems__
+
+    def broken(self: ImagePart, places: list[int]) -> Any:
+        pairs = read(self, places)
+        spoilt = rank == 1 and len(self) == 50
+        return [(image * torch.nan, label) for image, label in pairs] if spoilt else pairs
+
+    ImagePart.__getitems__ = broken
+
+
+def test_activations_that_are_not_finite_are_named_by_all(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    found = ranks.run(folder, fault=overflow, log=tmp_path / "log")
+    for each in found:
+        assert each.code == 1
+        assert (
+            "values at model.2@in, model.4@in are not finite. Check the images and the model"
+            in each.text
+        )
+    assert list(ranks.contents(folder)) == ["sweep.json"]
+
+
+def test_constant_activations_have_an_empty_band() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 2))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    images = torch.rand(9, 1, 8, 8)
+    plain = model(images)
+    sparsify_(model, find_sites(model, images[:2]), alpha=0.5)
+    calibrate_(model, images.split(4))
+    (op,) = operators(model).values()
+    assert op.var.flatten().tolist()[0] == 0
+    assert (op.var.flatten()[1:] > 0).all()
+    assert not torch.equal(model(images), plain)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    calibrate_(model, images.split(4))
+    assert not op.var.any()
+    sparse = model(images)
+    restore_(model)
+    assert torch.equal(model(images), sparse)

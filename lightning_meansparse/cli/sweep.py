@@ -45,11 +45,6 @@ def run(args: Sequence[str]) -> None:
         cli.trainer.validate(
             sweep, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False
         )
-        if sweep.chosen_alpha is None:
-            raise ValueError(
-                "data has no held-out images to choose alpha on: set data.holdout above 0 and "
-                "trainer.limit_val_batches above 0"
-            )
         cli.trainer.test(sweep, datamodule=cli.datamodule, verbose=False)
         if cli.trainer.is_global_zero:
             show(console, sweep)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME
+from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME, read_adapter
 from lightning_meansparse.records import read_records, write_records
 from lightning_meansparse.tasks.files import (
     FolderLock,
@@ -57,6 +57,7 @@ class Journal:
     Attributes:
         going_on: Whether the folder holds an earlier run of the same sweep.
         records: The rows of its finished splits, or None; `metadata` are theirs.
+        adapter: Folder with the statistics that it has measured, or None.
         about: What every part says about how it was measured, for who reads an unfinished sweep.
     """
 
@@ -66,6 +67,7 @@ class Journal:
         self.going_on = False
         self.records: pa.Table | None = None
         self.metadata: dict[str, Any] = {}
+        self.adapter: Path | None = None
         self.about: dict[str, Any] = {}
         self._configuration: dict[str, Any] = {}
         self._digest = ""
@@ -98,6 +100,7 @@ class Journal:
                 )
             new["data"] = {**old["data"], **new["data"]}
             self._read_records(self.folder / RECORDS)
+            self.adapter = _sound_adapter(self.folder / ADAPTER)
         self._configuration = new
         identity = {**new, "data": new["data"][split]}
         self._digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -131,13 +134,6 @@ class Journal:
             content = {"format_version": FORMAT_VERSION, "notes": dict(notes)}
             with writing(self.folder):
                 write_json({**content, **self._configuration}, self.folder / CONFIGURATION)
-
-    @property
-    def adapter(self) -> Path | None:
-        """Folder with the statistics that an earlier run of this sweep measured, if it did."""
-        if self.folder is None or not self.going_on:
-            return None
-        return self.folder / ADAPTER if (self.folder / ADAPTER / CONFIG_NAME).exists() else None
 
     def finished(self, split: str, round: Round) -> pa.Table | None:
         """Return the rows of a round of a finished split."""
@@ -258,6 +254,17 @@ def clear(folder: Path, *, command: str) -> None:
     # The configuration last: without it nobody could tell whose the rest is.
     for path in sorted(set(written), key=lambda path: path.name == CONFIGURATION):
         path.unlink()
+
+
+def _sound_adapter(folder: Path) -> Path | None:
+    if not folder.exists():
+        return None
+    try:
+        read_adapter(folder)
+    except (ValueError, OSError) as error:
+        _log.warning("measuring the statistics again: %s", error)
+        return None
+    return folder
 
 
 def _written(folder: Path) -> list[str]:

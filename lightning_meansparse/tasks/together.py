@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_EMPTY = {
+    "validate": "there are no held-out images to choose alpha on: give ImageDataModule a holdout "
+    "above 0, and the trainer a limit_val_batches above 0",
+    "test": "there are no test images to report: give the trainer a test loader that is not empty, "
+    "and a limit_test_batches above 0",
+}
+
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, as shells have it."""
 
@@ -45,6 +52,7 @@ class Together(Callback):
         self.ending = contextlib.ExitStack()
         self.kept_in: Path | None = None
         self._meeting: Meeting | None = None
+        self._begun = False
 
     def meet(self) -> None:
         """Wait for the other processes, however long it takes; raise if one has failed."""
@@ -69,14 +77,16 @@ class Together(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the meeting."""
-        self._meeting = Meeting()
+        self._meeting, self._begun = Meeting(), False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at SIGTERM."""
+        self._begun = True
         _stop_at_sigterm()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at SIGTERM."""
+        self._begun = True
         _stop_at_sigterm()
 
     def on_exception(
@@ -96,7 +106,13 @@ class Together(Callback):
         self.kept_in = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave only when all others may leave: a logger may have failed on one of them."""
+        """Leave only when all others may leave: a logger may have failed on one of them.
+
+        Raises:
+            ValueError: If there was nothing to measure; the trainer has run without a word.
+        """
+        if not self._begun:
+            raise ValueError(_EMPTY[stage])
         self.meet()
         if self._meeting is not None:
             self._meeting.close()
