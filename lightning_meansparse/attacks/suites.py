@@ -71,9 +71,10 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
                 replace(_SMOOTH, attack=f"{_OURS}.transfer.Narrowing"),
                 "adaptive-narrowing",
                 factor=4.0,
-                stages=16,
+                stages=8,
                 stage_steps=10,
-                n_restarts=5,
+                steps=50,
+                n_restarts=25,
                 close=0.25,
             ),
         )
