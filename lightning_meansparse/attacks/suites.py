@@ -22,6 +22,7 @@ _CE = AttackSpec("apgd-ce", f"{_OURS}.apgd.APGD", {"steps": 100, "n_restarts": 1
 _SMOOTH = replace(_CE, rule="smooth", temperature=1 / 16, kind="adaptive")
 _IDENTITY = replace(_CE, rule="identity", kind="adaptive")
 _TRANSFER = replace(_SMOOTH, attack=f"{_OURS}.transfer.Transfer", kind="transfer")
+_NARROWING = replace(_SMOOTH, attack=f"{_OURS}.transfer.Narrowing")
 _SQUARE = AttackSpec(
     "square",
     f"{_OURS}.square.Square",
@@ -68,13 +69,22 @@ ATTACKS: Mapping[str, AttackSpec] = MappingProxyType(
             change(_IDENTITY, "adaptive-ce-identity", steps=50),
             change(_IDENTITY, "adaptive-dlr-identity", loss="dlr", steps=50),
             change(
-                replace(_SMOOTH, attack=f"{_OURS}.transfer.Narrowing"),
+                _NARROWING,
                 "adaptive-narrowing",
                 factor=4.0,
-                stages=8,
+                stages=16,
                 stage_steps=10,
-                steps=50,
-                n_restarts=25,
+                n_restarts=5,
+                close=0.25,
+            ),
+            change(
+                _NARROWING,
+                "adaptive-narrowing-margin",
+                factor=2.0,
+                stages=16,
+                stage_steps=10,
+                loss="margin",
+                n_restarts=10,
                 close=0.25,
             ),
         )
@@ -110,7 +120,8 @@ SUITES: Mapping[str, tuple[AttackSpec, ...]] = MappingProxyType(
   times alpha;
 - ``adaptive``: APGD on four losses, through the identity and through smooth gates of three widths,
   from random points and from the base model's examples, with nine restarts more for what then is
-  close to falling; and APGD while the bands narrow from four times their width to their own;
+  close to falling; and APGD while the bands narrow to their own width, from four times it on the
+  cross-entropy and from twice on the margin, again with restarts for what is close to falling;
 - ``full``: all of them, the suite for a number that is published.
 """
 
