@@ -67,7 +67,8 @@ def main() -> None:
             for side in (ours, theirs) if turn % 2 else (theirs, ours):
                 side.run()
         ratio = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-        share = min(ours.megabytes) / min(theirs.megabytes)
+        # Later turns use what the first one has left to the allocator.
+        share = max(ours.megabytes) / max(theirs.megabytes)
         same = 100 * float((ours.standing == theirs.standing).float().mean())
         what = f"{name}, {args.n} images"
         found = [
