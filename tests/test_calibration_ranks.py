@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_meansparse import calibrate_, find_sites, sparsify_
 from lightning_meansparse.callback.batches import given_data
 from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.moments import ChannelMoments
+from lightning_meansparse.surgery import operators
 
 datasets = pytest.importorskip("datasets")
 
@@ -109,6 +111,23 @@ def measured(folder: str, rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
+def unreadable() -> Iterator[Tensor]:
+    """A shard that breaks off."""
+    yield images(21)[:4]
+    raise OSError("shard 7 is damaged")
+
+
+def failure(rank: int) -> str:
+    """What a process says whose neighbour cannot read its share."""
+    model = network()
+    try:
+        calibrate_(model, unreadable() if rank == 1 else share(21, rank, 4))
+    except OSError as error:
+        assert not any(op.mean.any() for op in operators(model).values())
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def process(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     for world in (1, 2, 4):
@@ -122,6 +141,8 @@ def process(folder: str, rank: int) -> None:
                 timeout=timedelta(seconds=30),
             )
             torch.save(measured(folder, rank, world), f"{folder}/{world}-{rank}.pt")
+            if world > 1:
+                Path(folder, f"{world}-{rank}.txt").write_text(failure(rank))
             dist.destroy_process_group()
 
 
@@ -172,3 +193,10 @@ def test_any_number_of_processes_measures_the_same(folder: Path, world: int, cas
     for rank in ranks:
         assert difference(rank[case], expected) <= 1e-9
         assert torch.equal(rank[case], ranks[0][case])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_if_one_process_fails_all_do(folder: Path, world: int) -> None:
+    told = [(folder / f"{world}-{rank}.txt").read_text() for rank in range(world)]
+    heard = f"PeerError: process 1 of {world} has failed: OSError: shard 7 is damaged"
+    assert told == [heard, "OSError: shard 7 is damaged", *[heard] * (world - 2)]

@@ -281,7 +281,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, c
 
     monkeypatch.setattr(files.fcntl, "lockf", never)
     files.FolderLock(tmp_path).release()
-    assert "this file system has no locks (No locks available); see to it yourself" in caplog.text
+    assert "cannot be locked (No locks available): see to it that no two sweeps" in caplog.text
 
 
 # ----------------------------------------------------------------------------- a slow one, a logger

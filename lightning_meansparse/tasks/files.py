@@ -10,13 +10,13 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning_meansparse.adapter.files import replace_files
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that another process has open cannot be replaced anyway
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
-        self._file = None
+        self._file: TextIO | None = None
         if fcntl is None:
+            _unlocked(folder, "not on this system")
             return
         while True:
             file = self._path.open("a+", encoding="utf-8")
@@ -101,11 +102,7 @@ class FolderLock:
                         f"output {str(folder)!r} is in use by a sweep that runs now ({holder}). "
                         "Wait until it ends, or name another output."
                     ) from error
-                _log.warning(
-                    "%s: this file system has no locks (%s); see to it yourself that no two sweeps "
-                    "write there at a time",
-                    *(folder, error.strerror),
-                )
+                _unlocked(folder, error.strerror)
                 return
             # Whoever held it before has removed the file, perhaps after we had opened it.
             if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
@@ -122,3 +119,9 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+
+def _unlocked(folder: Path, why: str | None) -> None:
+    _log.warning(
+        "%s cannot be locked (%s): see to it that no two sweeps write there at a time", folder, why
+    )
