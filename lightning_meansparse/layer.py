@@ -16,7 +16,7 @@ the loss surface behind it from a gradient attack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -187,14 +187,14 @@ class MeanSparse(nn.Module):
         On a CPU it is kept for the next call. Whether it still holds is seen from the numbers
         themselves: whoever writes into a buffer does so in many ways.
         """
-        numbers = (self.mean, self.var, self.alpha)
         eager = kernels.is_eager(x)
         held = self._held if eager else None  # compiled code must not depend on it
-        if held is not None and held.is_of(self.center, numbers):
+        if held is not None and held.is_of(self):
             if x.shape != held.shape:
                 _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
                 held.shape = x.shape
             return held.band
+        numbers = (self.mean, self.var, self.alpha)
         _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
         if not eager or any(not number.is_cpu or number.requires_grad for number in numbers):
             return kernels.Band(self.reference, self.alpha * self.var.sqrt(), eager=eager)
@@ -259,25 +259,24 @@ class _Held:
     def __init__(self, operator: MeanSparse, shape: torch.Size) -> None:
         # Tensors made under inference mode could never be used by a backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            numbers = (operator.mean, operator.var, operator.alpha)
-            self.numbers = [number.clone() for number in numbers]
+            self.numbers = [
+                (name, getattr(operator, name).clone()) for name in ("mean", "var", "alpha")
+            ]
             threshold = operator.alpha * operator.var.sqrt()
             self.band = kernels.Band(operator.reference.clone(), threshold, eager=True)
         self.center = operator.center
         self.shape = shape
 
-    def is_of(self, center: Center, numbers: Iterable[Tensor]) -> bool:
-        """Whether a band made now, of these, would be the same."""
-        return self.center == center and all(map(_same, self.numbers, numbers))
-
-
-def _same(held: Tensor, now: Tensor) -> bool:
-    return (
-        held.dtype == now.dtype
-        and held.device == now.device
-        and not now.requires_grad
-        and torch.equal(held, now)
-    )
+    def is_of(self, operator: MeanSparse) -> bool:
+        """Whether a band made of the operator's numbers now would be the same."""
+        now: Any = operator._buffers  # as attributes they are looked for in three places
+        try:
+            return self.center == operator.center and all(
+                torch.equal(number, now[name]) and not now[name].requires_grad
+                for name, number in self.numbers
+            )
+        except RuntimeError:  # of another dtype, or on another device
+            return False
 
 
 def _check_fit(x: Tensor, **numbers: float | Tensor) -> None:

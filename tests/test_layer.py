@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -166,6 +167,46 @@ def test_the_backward_pass_keeps_the_output_alone() -> None:
     large = [p for p in kept if p in (x.data_ptr(), y.data_ptr())]
     assert large == [y.data_ptr()]
     assert len(kept) == 1
+
+
+CHANGES = {
+    "in place": lambda op: op.mean.add_(1),
+    "behind the version counter": lambda op: op.var.data.mul_(9),
+    "through numpy": lambda op: np.multiply(op.var.numpy(), 9, out=op.var.numpy()),
+    "another tensor": lambda op: setattr(op, "alpha", torch.tensor(2.0)),
+    "another dtype": lambda op: op.double().var.mul_(9),
+    "another centre": lambda op: setattr(op, "center", "zero"),
+    "not a number": lambda op: op.var.fill_(torch.nan),
+    "under inference mode": lambda op: torch.inference_mode()(op.mean.mul_)(3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_changes_the_numbers_counts_at_once(
+    change: Callable[[MeanSparse], object],
+) -> None:
+    op, x = operator()
+    op(x)  # keeps a band
+    before = op(x)
+    change(op)
+    expected = published(x, op.reference, op.alpha * op.var.sqrt())
+    assert torch.equal(op(x), expected)
+    assert not torch.equal(expected, before)
+    with torch.inference_mode():
+        op(x)
+    leaf = x.clone().requires_grad_()
+    op(leaf).sum().backward()
+    twin = copy.deepcopy(op)
+    assert twin._held is None
+    assert torch.equal(twin(x), expected)
+
+
+def test_a_mean_that_begins_to_want_gradients_gets_them() -> None:
+    op, x = operator()
+    op(x)
+    op.mean.requires_grad_()
+    op(x).sum().backward()
+    assert op.mean.grad is not None
 
 
 def test_a_variance_that_is_no_number_lets_everything_through() -> None:
