@@ -130,7 +130,9 @@ def draw(curves: dict[str, dict[str, Sequence[float]]]) -> None:
         panel.minorticks_off()
         panel.set_xticks(sizes, [f"{size}" for size in sizes], rotation=45, fontsize=8)
         ends = [milliseconds[0], milliseconds[-1]]
-        panel.set_yticks(ends, [f"{end:.3g}" for end in ends], fontsize=8)
+        panel.set_yticks(
+            ends, [f"{end:,.0f}" if end > 99 else f"{end:.2g}" for end in ends], fontsize=8
+        )
     for panel in panels:
         panel.set_axis_off()
     figure.supylabel("milliseconds", fontsize=10)
