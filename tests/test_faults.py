@@ -190,7 +190,7 @@ def test_a_full_disk_ends_all_and_spoils_nothing(tmp_path: Path, whole: Any) -> 
     folder, log = tmp_path / "sweep", tmp_path / "log"
     zero, one = ranks.run(folder, fault=full, log=log)
     assert (zero.code, one.code) == (1, 1)
-    assert "process 1 of 2 has failed: OSError: output" in zero.text
+    assert "process 1 of 2 has failed: WriteError: output" in zero.text
     assert "cannot be written to any more: File too large. All that was written before" in zero.text
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]

@@ -53,18 +53,24 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     write_file(json.dumps(content, allow_nan=False).encode(), path)
 
 
+class WriteError(OSError):
+    """A file could not be written; the message says what is left."""
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Say of a write that fails, as on a full disk, where it was and what is left.
 
     Raises:
-        OSError: In place of the original one.
+        WriteError: In place of the original one.
     """
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
         what = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
+        raise WriteError(
             f"output {str(folder)!r} cannot be written to any more: {what}. All that was written "
             "before is whole: put that right, and the same command goes on from there."
         ) from error

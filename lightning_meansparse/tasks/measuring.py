@@ -174,7 +174,8 @@ class Measurement:
                 examples[f"alpha_{alpha:g}"] = evaluation.examples
         if examples:
             examples |= {"indices": indices, "labels": labels.cpu()}
-        return pa.concat_tables(tables), examples
+        # In one piece: a chunk per column and alpha would take five times the memory of the rows.
+        return pa.concat_tables(tables).combine_chunks(), examples
 
 
 def check_rounds(

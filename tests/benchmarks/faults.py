@@ -1,9 +1,10 @@
 """Faults that befall a sweep of two processes, as torchrun and Lightning start them.
 
-    python -m tests.benchmarks.faults --output docs/records/faults.json
+    python -m tests.benchmarks.faults --output docs/records/faults.json --page docs/faults.md
 
 The command is the real one, on the images and the checkpoint that come with the package. Per fault
-it notes how long it takes until every process has ended, what the command said, and whether the
+it notes how long it takes until every process has ended, from the fault on where it has a moment
+and from the start where it has not, what the command said, and whether the
 same command ends with the same records afterwards, byte by byte. Disks are small file systems in
 memory, which only root can mount.
 """
@@ -11,6 +12,7 @@ memory, which only root can mount.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -21,19 +23,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "lightning_meansparse" / "demo"
-PROMPT = 60.0
+BEGIN = "faults.md`; changes here are lost. -->\n"
+END = "<!-- end -->"
+IMPORTED = ("lightning_meansparse.cli.sweep", "matplotlib.pyplot", "pandas", "scipy.stats")
+IMPORTED += ("transformers.modeling_utils", "torch.testing", "pyarrow.parquet", "timm")
 OPTIONS = {
     "model.model": DEMO / "checkpoint",
     "model.alphas": "[0.4]",
@@ -43,9 +51,9 @@ OPTIONS = {
     "model.eps": "0.1",
     "model.output": "sweep",
     "data.dataset": DEMO / "fashion_mnist",
-    "data.batch_size": "6",
-    "data.limit_holdout": "48",
-    "data.limit_test": "48",
+    "data.batch_size": "4",
+    "data.limit_holdout": "32",
+    "data.limit_test": "32",
     "trainer.accelerator": "cpu",
     "trainer.devices": "2",
     "trainer.strategy": "ddp",
@@ -57,8 +65,6 @@ OPTIONS = {
 
 def out_of_memory() -> None:
     """A device that holds the gradients of two images."""
-    import torch
-
     from lightning_meansparse.attacks.guard import Watched
 
     forward = Watched.forward
@@ -86,68 +92,75 @@ def failing_logger() -> None:
 INSIDE: dict[str, Callable[[], None]] = {"memory": out_of_memory, "logger": failing_logger}
 
 
-def command() -> None:
-    """What the processes run: `meansparse`, after what `FAULT` names."""
+def command(words: list[str]) -> int:
+    """What each process runs: `meansparse sweep`, after what `FAULT` names."""
     from lightning_meansparse.cli import main as meansparse
 
+    Path(os.environ["PIDS"], os.environ.get("LOCAL_RANK", "0")).write_text(str(os.getpid()))
     if fault := os.environ.get("FAULT"):
         INSIDE[fault]()
-    sys.exit(meansparse(sys.argv[2:]))
+    return meansparse(["sweep", *words])
+
+
+def worker(words: list[str]) -> None:
+    """The same in a process that was forked off, which has no end of a program."""
+    try:
+        sys.exit(command(words))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------- from outside
 
 
 class Job:
-    """One run of the command in a folder, in a session of its own."""
+    """One run of the command in a folder, in a session of its own.
+
+    torchrun's agent forks its processes off this one, which has imported everything: half a minute
+    of imports per fault would tell nothing. Lightning starts programs anew.
+    """
 
     def __init__(self, folder: Path, launcher: str = "torchrun", **options: object) -> None:
         self.folder = folder
-        self._launcher = launcher
         folder.mkdir(exist_ok=True)
+        self._pids = Path(tempfile.mkdtemp())
         fault = str(options.pop("FAULT", ""))
         chosen = {**OPTIONS, "trainer.logger": "true" if fault == "logger" else "false"}
         chosen |= {name.replace("__", "."): value for name, value in options.items()}
         words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-        start = [sys.executable]
-        if launcher == "torchrun":
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read until the job is forgotten)
-        self._process = subprocess.Popen(
-            [*start, "-m", "tests.benchmarks.faults", "--command", "sweep", *words],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "COLUMNS": "500",
-                "FAULT": fault,
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-            start_new_session=True,
-        )
+        variables = {"FAULT": fault, "PIDS": str(self._pids), "COLUMNS": "500"}
+        variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.setsid()
+            os.chdir(folder)
+            os.environ |= variables
+            for number in (1, 2):
+                os.dup2(self._log.fileno(), number)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            program = [sys.executable, "-m", "tests.benchmarks.faults", "--command", *words]
+            if launcher == "lightning":
+                os.execv(sys.executable, program)
+            os._exit(_agent(words))
+        self.code: int | None = None
 
     def pids(self, rank: int | None = None) -> list[int]:
-        """Living processes of the session; of one rank alone, the ones with that environment."""
+        """Living processes: all, or that of one rank."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if int(session) != self._process.pid or state == "Z":
-                continue
-            own = b"LOCAL_RANK=%d" % (rank or 0) in variables
-            if self._launcher == "lightning" and rank == 0:  # the first process starts the others
-                own = int(entry.name) == self._process.pid
-            if rank is None or own:
-                found.append((parent, int(entry.name)))
-        inside = {pid for _, pid in found}
-        # Of a rank the process itself, not the workers that it has forked off.
-        return [pid for parent, pid in found if rank is None or parent not in inside]
+            if int(session) == self._pid and state != "Z":
+                found.append(int(entry.name))
+        if rank is None:
+            return found
+        path = self._pids / str(rank)
+        own = int(path.read_text() or 0) if path.exists() else 0
+        return [pid for pid in found if pid == own]
 
     def send(self, number: int, rank: int | None = None) -> None:
         """A signal to one rank, or to every process."""
@@ -156,22 +169,23 @@ class Job:
 
     def wait_for(self, there: Callable[[], bool]) -> None:
         """Until something is there, or the command has ended."""
-        while self._process.poll() is None and not there():
+        while self.pids() and not there():
             time.sleep(0.01)
 
     def working(self) -> bool:
         """Whether the sweep has begun to write."""
         return (self.folder / "sweep" / "sweep.json").exists()
 
-    def ended(self, patience: float = 600.0) -> float:
+    def ended(self, patience: float = 300.0) -> float:
         """Wait until no process of the session is left; return the seconds that took."""
         start = time.perf_counter()
         while self.pids():
             if time.perf_counter() - start > patience:
                 self.send(signal.SIGKILL)
-                raise SystemExit(f"still running after {patience} s: {self.told()}")
+                self._log.seek(0)
+                raise SystemExit(f"still running after {patience} s: {self._log.read()}")
             time.sleep(0.05)
-        self.code = self._process.wait()
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         return time.perf_counter() - start
 
     def told(self) -> list[str]:
@@ -179,11 +193,32 @@ class Job:
         self._log.seek(0)
         wanted = re.compile(
             r"^(?:meansparse sweep: .*|.*(?:the sweep has stopped|out of memory with|SIGTERM: the "
-            r"sweep|measuring a batch again).*)$",
+            r"sweep|measuring .* again).*)$",
             re.MULTILINE,
         )
         lines = [line.strip() for line in wanted.findall(self._log.read())]
         return list(dict.fromkeys(line.replace(str(self.folder), "…") for line in lines))
+
+
+def _agent(words: list[str]) -> int:
+    """What `torchrun --standalone --nproc-per-node 2` does, with a function for a program."""
+    configuration = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(configuration, worker)(words)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 @dataclass
@@ -195,6 +230,10 @@ class Bench:
     duration: float
     draw: random.Random
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def content(self) -> dict[str, Any]:
+        """What is kept of all."""
+        return {"undisturbed seconds": round(self.duration, 1), "faults": self.rows}
 
     def records(self, folder: Path) -> bytes | None:
         """The records that a sweep has left."""
@@ -219,7 +258,7 @@ class Bench:
             if again.code:
                 row["resumed"] = f"FAILED with {again.code}: {again.told()}"
         self.rows.append(row)
-        Console().log(row)
+        Console().print(row)
 
     def place(self) -> Path:
         """A new folder."""
@@ -285,17 +324,15 @@ def remount(folder: Path, options: str) -> None:
 
 
 def disks(bench: Bench) -> None:
-    """A disk that is full, one that cannot be written to, and one that suddenly cannot."""
+    """A disk that runs full, one that cannot be written to, and one that suddenly cannot."""
     with file_system(bench, "size=128k") as disk:
         job = Job(disk)
-        job.wait_for(lambda: False)
         seconds, used = job.ended(), left_behind(disk)
         remount(disk, "size=64m")
-        bench.note("full disk", job, seconds, resumed=disk, kept=used)
+        bench.note("a disk of 128 KiB", job, seconds, resumed=disk, kept=used)
     with file_system(bench, "size=64m") as disk:
         remount(disk, "ro")
         job = Job(disk)
-        job.wait_for(lambda: False)
         seconds = job.ended()
         remount(disk, "rw")
         bench.note("read-only folder", job, seconds, resumed=disk)
@@ -343,16 +380,14 @@ def inputs(bench: Bench) -> None:
     """Data and models that nothing can be done with, or hardly anything."""
     job = bench.job(data__num_workers=1, data__worker_timeout=5)
     job.wait_for(job.working)
-    stopped: list[int] = []
 
     def stop_a_worker() -> bool:
-        ranks = job.pids(0) + job.pids(1)
-        for pid in set(job.pids()) - set(ranks):
-            status = Path(f"/proc/{pid}/stat")
-            if status.exists() and int(status.read_text().rpartition(")")[2].split()[1]) in ranks:
-                os.kill(pid, signal.SIGSTOP)
-                stopped.append(pid)
-        return bool(stopped)
+        for rank in job.pids(0) + job.pids(1):
+            children = Path(f"/proc/{rank}/task/{rank}/children")
+            for pid in children.read_text().split() if children.exists() else ():
+                os.kill(int(pid), signal.SIGSTOP)
+                return True
+        return False
 
     job.wait_for(stop_a_worker)
     bench.note("a worker that hangs (5 s allowed)", job, job.ended(), resumed=job.folder)
@@ -388,8 +423,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="moments,signals,disks,files,inputs")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--page", type=Path, help="also write the table into this page")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        for module in IMPORTED:
+            importlib.import_module(module)
         whole = Job(Path(name, "whole"))
         whole.wait_for(whole.working)
         begin = time.time()
@@ -403,19 +441,65 @@ def main() -> None:
                 moments(bench, args.moments)
             else:
                 {"signals": signals, "disks": disks, "files": files, "inputs": inputs}[part](bench)
+    show(bench)
+    if args.output is not None:
+        keep(bench, args.output)
+    if args.page is not None:
+        text = args.page.read_text()
+        before, _, rest = text.partition(BEGIN)
+        args.page.write_text(
+            before + BEGIN + markdown(bench.content()) + END + rest.partition(END)[2]
+        )
+    if any(row.get("resumed", "same") != "same" for row in bench.rows):
+        raise SystemExit("a resumed sweep ended otherwise")
+
+
+def show(bench: Bench) -> None:
+    """Print a table."""
     table = Table("fault", "ends after", "told", "resumed")
     for row in bench.rows:
         told = row["told"][-1] if row["told"] else ""
         table.add_row(row["fault"], f"{row['seconds to the end']} s", told, row.get("resumed", "–"))
     Console().print(table)
-    if args.output is not None:
-        content = {"undisturbed seconds": round(duration, 1), "faults": bench.rows}
-        temporary = args.output.with_name(f".{args.output.name}.tmp")
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        os.replace(temporary, args.output)
-    if any(row.get("resumed", "same") != "same" for row in bench.rows):
-        raise SystemExit("a resumed sweep ended otherwise")
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table of the page."""
+    slowest = max(row["seconds to the end"] for row in content["faults"] if row["exit code"])
+    lines = [
+        "",
+        "Two processes on one core, the demo's network and images, from [faults.json]"
+        "(records/faults.json). Undisturbed it takes "
+        f"{content['undisturbed seconds']:.0f} s; no fault that ends it takes longer than "
+        f"{slowest:.0f} s to do so on all processes.",
+        "",
+        "| fault | exit code | all ended after | said | the same command then |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["faults"]:
+        told = [line.partition("meansparse sweep: ")[2] or line for line in row["told"]]
+        said = min(told, key=len).strip() if told else "–"
+        said = said if len(said) <= 170 else f"{said[:167]}…"
+        cells = (
+            row["fault"],
+            str(row["exit code"]),
+            f"{row['seconds to the end']} s",
+            said.replace("|", "/"),
+            f"{row['resumed']} records" if "resumed" in row else "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def keep(bench: Bench, path: Path) -> None:
+    """Write JSON."""
+    content = bench.content()
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
-    command() if sys.argv[1:2] == ["--command"] else main()
+    if sys.argv[1:2] == ["--command"]:
+        sys.exit(command(sys.argv[2:]))
+    main()
