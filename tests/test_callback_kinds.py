@@ -145,6 +145,19 @@ def test_two_processes_give_the_statistics_of_one(tmp_path):
     assert_calibrated(loaded)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_processes_whose_batch_norms_differ_measure_the_model_that_is_kept(tmp_path):
+    """After the last training step nothing brings running statistics together but a validation."""
+    ranks = DDPStrategy(start_method="fork", timeout=timedelta(seconds=60))
+    ours = MeanSparseCallback(save_to=tmp_path / "adapter")
+    model = Net()
+    options = {"callbacks": [ours], "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = make_trainer(tmp_path, devices=2, strategy=ranks, **options)
+    trainer.fit(model, loader(drop_last=False), held_out())
+    load_adapter(model, tmp_path / "adapter")
+    assert_calibrated(model)
+
+
 def test_spawned_processes_need_an_adapter_folder(tmp_path):
     ranks = DDPStrategy(start_method="fork")
     trainer = make_trainer(tmp_path, MeanSparseCallback(), devices=2, strategy=ranks)

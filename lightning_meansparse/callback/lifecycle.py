@@ -47,6 +47,7 @@ from lightning_meansparse.surgery import (
     operators,
     restore_,
     set_alpha,
+    share_buffers,
     sparsify_,
 )
 
@@ -305,6 +306,7 @@ class MeanSparseCallback(Callback):
                     f"MeanSparse: measuring {len(operators(model))} sites on {data.origin}"
                 )
                 counted = Counted(to_device(trainer, batch) for batch in data.batches())
+                share_buffers(model)
                 calibrate_(model, counted, statistics=self.statistics)
                 self._set_alpha(model, before)
                 seen = torch.tensor(counted.images, device=trainer.strategy.root_device)

@@ -28,7 +28,14 @@ from lightning_meansparse.callback.options import Where, check_globs, check_opti
 from lightning_meansparse.layer import Center
 from lightning_meansparse.moments import Statistics
 from lightning_meansparse.sites import Site, find_sites
-from lightning_meansparse.surgery import calibrate_, images_in, restore_, set_alpha, sparsify_
+from lightning_meansparse.surgery import (
+    calibrate_,
+    images_in,
+    restore_,
+    set_alpha,
+    share_buffers,
+    sparsify_,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +142,7 @@ class MeanSparseTrainerCallback(TrainerCallback):
         try:
             data = self._data(args, kwargs["train_dataloader"])
             counted = Counted(data.batches())
-            _same_buffers(model)
+            share_buffers(model)
             with _as_in_use(model):
                 sparsify_(model, self._find_sites(model, data), center=self.center)
                 logger.info(f"MeanSparse: calibrating on {data.origin}")
@@ -192,17 +199,6 @@ def _as_in_use(model: nn.Module) -> Iterator[None]:
     finally:
         if around is not None:
             model.forward = around
-
-
-def _same_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of the first, whose model is the one that is saved.
-
-    Weights are the same everywhere; the running statistics of batch norms are not after the last
-    training step.
-    """
-    if torch.distributed.is_initialized():
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
 
 
 def _sum_over_ranks(count: int, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from lightning_meansparse.surgery.calibration import (
     calibrate_,
     evaluating,
     images_in,
+    share_buffers,
 )
 from lightning_meansparse.surgery.control import alpha_set, alphas, backward_rule, set_alpha
 from lightning_meansparse.surgery.insertion import (
@@ -30,5 +31,6 @@ __all__ = [
     "operators",
     "restore_",
     "set_alpha",
+    "share_buffers",
     "sparsify_",
 ]

@@ -116,6 +116,17 @@ def calibrate_(
         op.count = moments[name].count
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of the first, whose model is the one that is saved.
+
+    Weights are the same everywhere; the running statistics of batch norms are not after the last
+    training step. Every process must call it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the ``with`` block, and every module's own mode again after it."""
