@@ -232,8 +232,8 @@ def _from_library(
             raise ValueError(
                 f"{folder} makes no classifier of {library}: {kind}{reason:.600}"
             ) from error
-        # The libraries' OSErrors, and what httpx raises below them: it could not be fetched.
-        foreign = type(error).__module__.partition(".")[0] in ("httpx", "huggingface_hub")
+        # The libraries' OSErrors, and what httpx or httpx2 raises below them: it was not fetched.
+        foreign = type(error).__module__.startswith(("httpx", "huggingface_hub"))
         if foreign or isinstance(error, OSError):
             raise RuntimeError(
                 f"{library}/{name} could not be fetched ({reason:.300}); check the name and the "
