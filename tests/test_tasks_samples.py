@@ -91,8 +91,7 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
             samples = dealt(hand, torch.device("cpu"))
             assert samples.order.tolist() == list(range(n))
             assert len(samples) == n
-            for number, batch in enumerate(hand):
-                met |= set(batch[samples.rows(number, round)].tolist())
+            met |= {number for batch in samples.hand(round) for number in batch.tolist()}
     assert met == set(range(n)[round.start : round.stop])
 
 

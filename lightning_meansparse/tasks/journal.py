@@ -146,8 +146,11 @@ class Journal:
         """Return the rows of the other splits that are finished, if there are any."""
         return [] if self.records is None else [self.records.filter(pc.field("split") != split)]
 
-    def part(self, split: str, round: Round, batch: int) -> pa.Table | None:
-        """Return the rows of one batch, if they were measured before; warn of a damaged file."""
+    def part(self, split: str, round: Round, batch: int, numbers: Tensor) -> pa.Table | None:
+        """Return the rows of one batch of samples, if they were measured before.
+
+        Warns of a damaged file. One of other samples, of another number of processes, is no use.
+        """
         path = self._path(_PARTS, "parquet", split, round, batch)
         if path is None or not path.exists():
             return None
@@ -160,7 +163,7 @@ class Journal:
         if not ours or _alphas(rows) != round.alphas:
             _log.warning("measuring a batch again: %s belongs to another sweep", path)
             return None
-        return rows
+        return rows if set(rows["index"].to_pylist()) == set(numbers.tolist()) else None
 
     def keep(
         self,

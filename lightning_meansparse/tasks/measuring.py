@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_meansparse.attacks import CHECKS, BaseExamples, check_eps, evaluate
 from lightning_meansparse.records import SCHEMA, rows
 from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks import facts
+from lightning_meansparse.tasks.batches import Transferred
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.ranks import merged_table
 from lightning_meansparse.tasks.rounds import Plan, Round
-from lightning_meansparse.tasks.samples import Samples
+from lightning_meansparse.tasks.samples import Samples, loader_of, with_margins
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
@@ -31,9 +35,9 @@ Measured = tuple[pa.Table, dict[str, Tensor]]
 class Measurement:
     """Carries out a plan on one split of a sweep.
 
-    Batches go in as the trainer's loader gives them, again and again until `round` is None. What
-    the journal holds is not measured again. Between rounds, and only there, the ranks meet: the
-    plan sees the rows of all.
+    One process measures batches as the trainer's loader gives them; several deal the samples of
+    each round among them by clean margin. What the journal holds is not measured again. Between
+    rounds, and only there, the ranks meet: the plan sees the rows of all.
 
     Args:
         sweep: Says how to attack, and what.
@@ -71,40 +75,46 @@ class Measurement:
         return pa.concat_tables([SCHEMA.empty_table(), *self._merged])
 
     def add(self, batch: int, images: Tensor, labels: Tensor) -> None:
-        """Measure what the current round wants of a batch, unless it is measured already."""
-        wanted = self._todo.get(batch)
-        if self.round is None or wanted is None:
-            return
-        indices = self.samples.batches[batch][wanted]
-        here = wanted.to(images.device)
-        table, examples = self._attack(images[here], labels[here], indices, self.round)
-        self.journal.keep(table, self.split, self.round, batch, examples)
-        self._parts[batch] = table
-        del self._todo[batch]
-        self.sweep.progress.passed(len(wanted))
+        """Measure what the current round wants of a batch of the loader, unless it is measured.
 
-    def complete(self, batches: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:
-        """Finish the current round, which has met every batch, and carry out all that follow.
+        Among several processes nothing is: what a rank measures is not what its loader gives.
+        """
+        if self.samples.margins is None:
+            self._add(batch, self.samples.batches[batch], images, labels)
+
+    def complete(self, loader: DataLoader[Any]) -> pa.Table:
+        """Finish the current round, and carry out all that follow.
 
         Args:
-            batches: Images and labels of every batch on this rank; gone through once per round, as
-                far as it has something to measure.
+            loader: The trainer's.
 
         Returns:
             The rows of all rounds, of all ranks.
         """
         while self.round is not None:
-            for number, (images, labels) in enumerate(batches if self._todo else ()):
-                self.add(number, images, labels)
-                if not self._todo:
-                    break
+            left = list(self._todo.items())
+            mine = loader_of(loader, [numbers for _, numbers in left])
+            batches = Transferred(self.sweep.trainer, mine)
+            for (batch, numbers), (images, labels) in zip(left, batches, strict=True):
+                self._add(batch, numbers, images, labels)
             self.sweep.progress.end()
-            mine = [self._parts[batch] for batch in sorted(self._parts)]
-            rows = pa.concat_tables([SCHEMA.empty_table(), *mine])
+            parts = [self._parts[batch] for batch in sorted(self._parts)]
+            rows = pa.concat_tables([SCHEMA.empty_table(), *parts])
             self.sweep.together.meet()
             self._merged.append(merged_table(rows, self.sweep.device))
             self._advance()
         return self.table
+
+    def _add(self, batch: int, numbers: Tensor, images: Tensor, labels: Tensor) -> None:
+        wanted = self._todo.get(batch)
+        if self.round is None or wanted is None:
+            return
+        here = torch.isin(numbers, wanted).nonzero().squeeze(1).to(images.device)
+        table, examples = self._attack(images[here], labels[here], wanted, self.round)
+        self.journal.keep(table, self.split, self.round, batch, examples)
+        self._parts[batch] = table
+        del self._todo[batch]
+        self.sweep.progress.passed(len(wanted))
 
     def _advance(self) -> None:
         while (round := self.plan.next(self.table)) is not None:
@@ -120,11 +130,14 @@ class Measurement:
 
     def _open(self, round: Round) -> None:
         self.fresh = True
-        wanted = {b: self.samples.rows(b, round) for b in range(len(self.samples.batches))}
-        wanted = {batch: rows for batch, rows in wanted.items() if len(rows)}
-        found = {batch: self.journal.part(self.split, round, batch) for batch in wanted}
+        hand = enumerate(self.samples.hand(round))
+        wanted = {batch: numbers for batch, numbers in hand if len(numbers)}
+        found = {
+            batch: self.journal.part(self.split, round, batch, numbers)
+            for batch, numbers in wanted.items()
+        }
         self._parts = {batch: part for batch, part in found.items() if part is not None}
-        self._todo = {batch: rows for batch, rows in wanted.items() if batch not in self._parts}
+        self._todo = {b: numbers for b, numbers in wanted.items() if b not in self._parts}
         about = facts.about_rounds(self.sweep, self.rounds)
         self.journal.about["rounds"] = {**self.sweep.rounds, self.split: about}
         if self._parts and self.journal.rank == 0:
@@ -176,6 +189,33 @@ class Measurement:
             examples |= {"indices": indices, "labels": labels.cpu()}
         # In one piece: a chunk per column and alpha would take five times the memory of the rows.
         return pa.concat_tables(tables).combine_chunks(), examples
+
+
+def by_margin(sweep: AlphaSweep, samples: Samples, loader: Iterable[Any]) -> Samples:
+    """Let several processes deal the samples by the clean margins of the base model.
+
+    Args:
+        sweep: With operators.
+        samples: Of the split.
+        loader: What gives this rank's batches of them.
+    """
+    if sweep.trainer.world_size == 1:
+        return samples
+    margins = [torch.zeros(0)]
+    for images, labels in Transferred(sweep.trainer, islice(loader, len(samples.batches))):
+        with alpha_set(sweep.classifier, 0.0):
+            clean = evaluate(
+                sweep.classifier,
+                images,
+                labels,
+                attacks=(),
+                eps=sweep.eps,
+                norm=sweep.norm,
+                listen=sweep.together.listen,
+            )
+        margins.append(clean.margin)
+    sweep.together.meet()
+    return with_margins(samples, torch.cat(margins), sweep.device)
 
 
 def check_rounds(

@@ -8,10 +8,11 @@ distributed sampler, whose padding repeats samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -22,6 +23,7 @@ from torch.utils.data import (
 )
 
 from lightning_meansparse.data.images import ImagePart
+from lightning_meansparse.data.loading import PatientLoader
 from lightning_meansparse.surgery import images_in
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.ranks import gathered
@@ -38,22 +40,43 @@ class Samples:
     """The samples of one split: which batch of this rank holds which, and their common order.
 
     Attributes:
-        batches: Numbers of the samples of each batch on this rank, `(batch size,)` int64.
+        batches: Numbers of the samples of each batch that the loader gives on this rank,
+            `(batch size,)` int64.
         order: Numbers of the samples of all ranks, each once, `(n,)` int64. The first so many are
             the same set for any number of ranks.
+        margins: Clean margin of each sample in `order`, `(n,)`; None where one process measures
+            all of them.
+        rank: Number of this process.
+        ranks: How many there are.
     """
 
     batches: Sequence[Tensor]
     order: Tensor
+    margins: Tensor | None = None
+    rank: int = 0
+    ranks: int = 1
 
     def __len__(self) -> int:
         """Return the number of samples over all ranks."""
         return len(self.order)
 
-    def rows(self, batch: int, round: Round) -> Tensor:
-        """Return which rows of a batch a round is about, `(m,)` int64."""
-        wanted = torch.isin(self.batches[batch], self.order[round.start : round.stop])
-        return wanted.nonzero().squeeze(1)
+    def hand(self, round: Round) -> list[Tensor]:
+        """Return the numbers of the samples that this rank measures in a round, by batch.
+
+        Alone, a process measures what its loader gives. Among several, who gets what is decided
+        anew for each round: what a sample costs depends on whether it stays robust, and that on its
+        clean margin. So they are dealt in the order of their margins, there and back: with 3 ranks
+        to 0, 1, 2, 2, 1, 0, 0, 1, …
+        """
+        part = slice(round.start, round.stop)
+        wanted = self.order[part]
+        if self.margins is None:
+            return [batch[torch.isin(batch, wanted)] for batch in self.batches]
+        turns = self.margins[part].argsort(descending=True, stable=True)
+        place = torch.arange(len(turns)) % (2 * self.ranks)
+        mine = torch.minimum(place, 2 * self.ranks - 1 - place) == self.rank
+        size = max(map(len, self.batches), default=1)
+        return list(torch.split(wanted[turns[mine]], size))
 
 
 def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
@@ -68,8 +91,8 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
 
     Examples:
         >>> samples = dealt([torch.tensor([4, 2]), torch.tensor([7])], torch.device("cpu"))
-        >>> samples.order, samples.rows(0, Round("race-2", (0.0,), (), start=1, stop=2))
-        (tensor([4, 2, 7]), tensor([1]))
+        >>> samples.order, samples.hand(Round("race-2", (0.0,), (), start=1, stop=2))
+        (tensor([4, 2, 7]), [tensor([2]), tensor([], dtype=torch.int64)])
     """
     mine = torch.cat(list(batches)) if batches else torch.zeros(0, dtype=torch.int64)
     hands = gathered(mine, device)
@@ -77,6 +100,25 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
     numbers = [int(hand[turn]) for turn in turns for hand in hands if turn < len(hand)]
     # A dict keeps the first of equals: the sampler's padding repeats samples.
     return Samples(batches, torch.tensor(list(dict.fromkeys(numbers)), dtype=torch.int64))
+
+
+def with_margins(samples: Samples, margins: Tensor, device: torch.device) -> Samples:
+    """Let samples be dealt among the ranks by their clean margins.
+
+    Args:
+        samples: As `dealt` made them.
+        margins: Of this rank's samples, in the order of its batches, `(m,)` float32.
+        device: Where this rank's tensors are.
+    """
+    numbers = torch.cat(gathered(torch.cat(list(samples.batches)), device)).tolist()
+    known = dict(zip(numbers, torch.cat(gathered(margins, device)).tolist(), strict=True))
+    ordered = torch.tensor([known[number] for number in samples.order.tolist()])
+    return replace(
+        samples,
+        margins=ordered.nan_to_num(-torch.inf),
+        rank=dist.get_rank(),
+        ranks=dist.get_world_size(),
+    )
 
 
 def batch_indices(loader: Any) -> list[Tensor]:
@@ -112,11 +154,39 @@ def batch_indices(loader: Any) -> list[Tensor]:
             "the loader gives its samples in random order, so a sweep cannot tell which sample is "
             f"which. {_ASK}"
         )
-    numbers = None
-    if isinstance(loader.dataset, ImagePart):
-        numbers = torch.from_numpy(loader.dataset.rows)
     positions = [torch.tensor(batch, dtype=torch.int64) for batch in batches]
+    numbers = _numbers(loader)
     return positions if numbers is None else [numbers[batch] for batch in positions]
+
+
+def loader_of(loader: DataLoader[Any], batches: Sequence[Tensor]) -> DataLoader[Any]:
+    """Return a loader that gives these samples of another one's data, as that would.
+
+    Args:
+        loader: Over a data set with `__len__` and `__getitem__`.
+        batches: Numbers of the samples of each batch.
+    """
+    numbers = _numbers(loader)
+    positions = [batch.tolist() for batch in batches]
+    if numbers is not None:
+        place = {number: position for position, number in enumerate(numbers.tolist())}
+        positions = [[place[number] for number in batch] for batch in positions]
+    return PatientLoader(
+        loader.dataset,
+        batch_sampler=positions,
+        num_workers=loader.num_workers if positions else 0,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout if loader.num_workers and positions else 0,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _numbers(loader: DataLoader[Any]) -> Tensor | None:
+    """The number of the sample at each position of the data; None where they are the same."""
+    dataset = loader.dataset
+    return torch.from_numpy(dataset.rows) if isinstance(dataset, ImagePart) else None
 
 
 def only_loader(loader: Any) -> DataLoader[Any]:

@@ -30,10 +30,10 @@ from lightning_meansparse.records import (
 from lightning_meansparse.surgery import operators, set_alpha
 from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.ascent import Norm
-from lightning_meansparse.tasks.batches import Transferred, images_and_labels
+from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
 from lightning_meansparse.tasks.journal import Journal
-from lightning_meansparse.tasks.measuring import Measurement, check_rounds
+from lightning_meansparse.tasks.measuring import Measurement, by_margin, check_rounds
 from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
 from lightning_meansparse.tasks.ranks import summed
@@ -350,7 +350,7 @@ class AlphaSweep(LightningModule):
             if journal.adapter is None and journal.folder is not None and journal.rank == 0:
                 write_adapter(self, journal.folder)
         journal.about = self.metadata()
-        return samples, journal
+        return by_margin(self, samples, only), journal
 
     def _add(self, batch: Any, number: int) -> Tensor:
         images, labels = images_and_labels(batch)
@@ -359,8 +359,8 @@ class AlphaSweep(LightningModule):
 
     def _finish(self, split: str, loader: Any) -> pa.Table:
         """Carry out the rounds that are left, and log what all of them say."""
-        run, batches = self._measurement, Transferred(self.trainer, only_loader(loader))
-        table = self._records[split] = run.complete(batches)
+        run = self._measurement
+        table = self._records[split] = run.complete(only_loader(loader))
         self.rounds[split] = facts.about_rounds(self, run.rounds)
         for round in run.rounds:
             summaries = summarize(table, split=split, round=round.name)

@@ -1,0 +1,143 @@
+"""One answer on any number of processes: records, logs and metrics of real ones."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_meansparse.attacks.pgd import PGD
+from lightning_meansparse.records import read_records
+from lightning_meansparse.tasks import AlphaSweep
+from lightning_meansparse.tasks.rounds import Round
+from lightning_meansparse.tasks.samples import Samples, loader_of
+from tests.sweeps import CHEAP, EPS, data, net, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
+]
+
+COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "barrier", "all_gather_object")
+
+
+class Alone(PGD):
+    """An attack that finds fault with talk among processes, and with a model that would talk."""
+
+    def perturb_from(self, *args: Tensor, **options: Tensor) -> object:
+        assert not any(isinstance(m, DistributedDataParallel) for m in self.model.modules())
+
+        def forbidden(*_: object, **__: object) -> None:
+            raise AssertionError("a collective inside an attack")
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in COLLECTIVES:
+                patch.setattr(dist, name, forbidden)
+            return super().perturb_from(*args, **options)
+
+
+class Logged(Callback):
+    """Writes what this process has logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: object, pl_module: object) -> None:
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save(found, self.folder / f"logged-{trainer.global_rank}.pt")
+
+
+def swept(folder: Path, ranks: int, n: int) -> tuple[pa.Table, list[dict[str, float]]]:
+    folder.mkdir()
+    options = {}
+    if ranks > 1:
+        wait = timedelta(seconds=60)
+        options = {"devices": ranks, "strategy": DDPStrategy(start_method="fork", timeout=wait)}
+    attacks = [*CHEAP, {"attack": "tests.test_ranks.Alone", "name": "alone"}]
+    sweep = AlphaSweep(
+        net(), alphas=[0.2, 0.6], attacks=attacks, eps=EPS, output=folder / "out", where="2@in"
+    )
+    trainer(callbacks=[Logged(folder)], **options).validate(
+        sweep, data(holdout=n, batch_size=4), verbose=False
+    )
+    logs = [torch.load(path, weights_only=True) for path in sorted(folder.glob("logged-*.pt"))]
+    return read_records(folder / "out" / "records.parquet")[0], logs
+
+
+@pytest.mark.parametrize("n", [21, 3])
+def test_one_two_and_four_processes_give_the_same_records(tmp_path: Path, n: int) -> None:
+    one, _ = swept(tmp_path / "1", 1, n)
+    assert one.num_rows == n * 3 * (1 + len(CHEAP) + 1), "clean, and each attack, at each alpha"
+    for ranks in (2, 4):
+        many, logs = swept(tmp_path / str(ranks), ranks, n)
+        assert many.drop_columns(["margin"]).equals(one.drop_columns(["margin"]))
+        apart = many["margin"].to_numpy() - one["margin"].to_numpy()
+        assert abs(apart).max() < 1e-5, "rows of another batch"
+        assert len(logs) == ranks
+        assert logs.count(logs[0]) == ranks
+        assert not list((tmp_path / str(ranks) / "out").rglob("*.tmp"))
+
+
+@given(
+    margins=st.lists(st.floats(-5, 5, width=32) | st.just(-float("inf")), min_size=1, max_size=60),
+    ranks=st.integers(1, 6),
+    cut=st.tuples(st.integers(0, 40), st.integers(1, 60)),
+    size=st.integers(1, 7),
+)
+def test_margins_deal_every_sample_once_and_nobody_the_best_hand(
+    margins: list[float], ranks: int, cut: tuple[int, int], size: int
+) -> None:
+    order = torch.randperm(len(margins)) + 100
+    values = torch.tensor(margins)
+    round = Round("any", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
+    hands = []
+    for rank in range(ranks):
+        batches = [torch.zeros(size, dtype=torch.int64)]
+        hand = Samples(batches, order, values, rank, ranks).hand(round)
+        assert all(len(batch) <= size for batch in hand)
+        hands.append([number for batch in hand for number in batch.tolist()])
+    wanted = order[round.start : round.stop].tolist()
+    assert sorted(number for hand in hands for number in hand) == sorted(wanted)
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+    known = dict(zip(order.tolist(), margins, strict=True))
+    for hand in hands:
+        held = [known[number] for number in hand]
+        assert held == sorted(held, reverse=True)
+    # Whoever draws first in one turn draws last in the next: the k-th best of any two hands are
+    # never further apart than one there and back.
+    ranked = sorted(wanted, key=lambda number: -known[number])
+    for hand in hands:
+        for turn, number in enumerate(hand):
+            better = sum(known[other] > known[number] for other in ranked)
+            assert better < (turn + 1) * ranks
+
+
+def test_samples_come_by_number_as_the_loader_gives_them() -> None:
+    dataset = TensorDataset(torch.rand(7, 1, 2, 2), torch.arange(7))
+    loader = DataLoader(dataset, batch_size=3)
+    (images, labels), (_, more) = loader_of(loader, [torch.tensor([5, 1]), torch.tensor([6])])
+    assert labels.tolist() == [5, 1]
+    assert more.tolist() == [6]
+    assert torch.equal(images, dataset.tensors[0][[5, 1]])
+    module = data(holdout=10, batch_size=4)
+    module.setup("validate")
+    loader = module.val_dataloader()
+    rows = loader.dataset.rows
+    ((images, labels),) = loader_of(loader, [torch.from_numpy(rows[[9, 0, 4]])])
+    whole = [torch.cat(part) for part in zip(*loader, strict=True)]
+    assert torch.equal(images, whole[0][[9, 0, 4]])
+    assert torch.equal(labels, whole[1][[9, 0, 4]])
+    assert list(loader_of(loader, [])) == []
