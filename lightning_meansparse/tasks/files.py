@@ -111,8 +111,9 @@ class FolderLock:
                 _unlocked(folder, error.strerror)
                 return
             # Whoever held it before has removed the file, perhaps after we had opened it.
-            if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                    break
             file.close()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -59,8 +59,8 @@ class Together(Callback):
         if self._meeting is not None:
             self._meeting.meet()
 
-    def listen(self, *_: object) -> None:
-        """Raise if another process has failed; may be called often, and as a hook."""
+    def listen(self) -> None:
+        """Raise if another process has failed; may be called often."""
         if self._meeting is not None:
             self._meeting.listen()
 

@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,25 @@ def failing_logger() -> None:
     CSVLogger.log_metrics = log_metrics  # type: ignore[method-assign]
 
 
-INSIDE: dict[str, Callable[[], None]] = {"memory": out_of_memory, "logger": failing_logger}
+def dead_storage() -> None:
+    """Held-out images on storage that has stopped to answer."""
+    from lightning_meansparse.data.images import ImagePart
+
+    read = ImagePart.__getitems__
+
+    def hang(self: Any, places: Any) -> Any:
+        if torch.utils.data.get_worker_info() is not None and len(self) == 32:
+            signal.pause()
+        return read(self, places)
+
+    ImagePart.__getitems__ = hang  # type: ignore[method-assign]
+
+
+INSIDE: dict[str, Callable[[], None]] = {
+    "memory": out_of_memory,
+    "logger": failing_logger,
+    "storage": dead_storage,
+}
 
 
 def command(words: list[str]) -> int:
@@ -104,6 +123,8 @@ def command(words: list[str]) -> int:
 
 def worker(words: list[str]) -> None:
     """The same in a process that was forked off, which has no end of a program."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the agent's are inherited
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         sys.exit(command(words))
     finally:
@@ -136,6 +157,7 @@ class Job:
         if self._pid == 0:
             os.setsid()
             os.chdir(folder)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it in the background
             os.environ |= variables
             for number in (1, 2):
                 os.dup2(self._log.fileno(), number)
@@ -291,36 +313,49 @@ def moments(bench: Bench, count: int) -> None:
 
 
 def signals(bench: Bench) -> None:
-    """What Lightning's own launcher makes of a death, and what clusters and people send."""
+    """What Lightning's own launcher makes of a death, and what clusters send."""
     for name, launcher, number, rank in (
         ("kill -9 of rank 0", "lightning", signal.SIGKILL, 0),
         ("kill -9 of rank 1", "lightning", signal.SIGKILL, 1),
         ("SIGTERM to all, as SLURM sends it", "torchrun", signal.SIGTERM, None),
         ("SIGTERM to rank 0", "torchrun", signal.SIGTERM, 0),
         ("SIGTERM to rank 1", "lightning", signal.SIGTERM, 1),
-        ("Ctrl-C", "torchrun", signal.SIGINT, None),
-        ("Ctrl-C", "lightning", signal.SIGINT, None),
     ):
-        job = bench.job(launcher)
-        job.wait_for(lambda job=job: left_behind(job.folder) >= 2)
-        job.send(number, rank)
-        bench.note(f"{name} ({launcher})", job, job.ended(), resumed=job.folder)
+        signalled(bench, name, launcher, number, rank)
+
+
+def interrupts(bench: Bench) -> None:
+    """What people send."""
+    for launcher in ("torchrun", "lightning"):
+        signalled(bench, "Ctrl-C", launcher, signal.SIGINT, None)
+
+
+def signalled(bench: Bench, name: str, launcher: str, number: int, rank: int | None) -> None:
+    """Send a signal in the middle of the work."""
+    job = bench.job(launcher)
+    job.wait_for(lambda: left_behind(job.folder) >= 2)
+    job.send(number, rank)
+    bench.note(f"{name} ({launcher})", job, job.ended(), resumed=job.folder)
 
 
 @contextmanager
 def file_system(bench: Bench, options: str) -> Iterator[Path]:
-    """A file system in memory."""
+    """A folder whose output is on a file system of its own, in memory."""
     folder = bench.place()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+    output = folder / "sweep"
+    output.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", output], check=True)
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+        subprocess.run(["umount", "-l", output], check=True)
 
 
 def remount(folder: Path, options: str) -> None:
     """Change it while it is in use."""
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    command = ["mount", "-o", f"remount,{options}", folder / "sweep"]
+    while subprocess.run(command, capture_output=True).returncode:
+        time.sleep(0.01)  # a file is open for writing
 
 
 def disks(bench: Bench) -> None:
@@ -339,8 +374,7 @@ def disks(bench: Bench) -> None:
     with file_system(bench, "size=64m") as disk:
         job = Job(disk)
         job.wait_for(lambda: left_behind(disk) >= 2)
-        while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
-            time.sleep(0.01)  # a file is open
+        remount(disk, "ro")
         seconds = job.ended()
         remount(disk, "rw")
         bench.note("disk becomes read-only", job, seconds, resumed=disk)
@@ -378,19 +412,8 @@ def files(bench: Bench) -> None:
 
 def inputs(bench: Bench) -> None:
     """Data and models that nothing can be done with, or hardly anything."""
-    job = bench.job(data__num_workers=1, data__worker_timeout=5)
-    job.wait_for(job.working)
-
-    def stop_a_worker() -> bool:
-        for rank in job.pids(0) + job.pids(1):
-            children = Path(f"/proc/{rank}/task/{rank}/children")
-            for pid in children.read_text().split() if children.exists() else ():
-                os.kill(int(pid), signal.SIGSTOP)
-                return True
-        return False
-
-    job.wait_for(stop_a_worker)
-    bench.note("a worker that hangs (5 s allowed)", job, job.ended(), resumed=job.folder)
+    job = bench.job(data__num_workers=1, data__worker_timeout=5, FAULT="storage")
+    bench.note("storage that does not answer (5 s allowed)", job, job.ended(), resumed=job.folder)
     for name, value, options in (
         ("NaN activations", float("nan"), {}),
         ("constant activations", 0.0, {}),
@@ -412,8 +435,8 @@ def inputs(bench: Bench) -> None:
     for name, fault in (("CUDA out of memory", "memory"), ("a logger that raises", "logger")):
         job = bench.job(FAULT=fault)
         seconds = job.ended()
-        same = bench.records(job.folder) == bench.expected
-        bench.note(name, job, seconds, resumed=job.folder, same_at_once=same)
+        whole = bench.records(job.folder) == bench.expected
+        bench.note(name, job, seconds, resumed=job.folder, whole=whole)
 
 
 def main() -> None:
@@ -421,7 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="moments,signals,disks,files,inputs")
+    parser.add_argument("--only", default="moments,signals,interrupts,disks,files,inputs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="also write the table into this page")
     args = parser.parse_args()
@@ -436,20 +459,16 @@ def main() -> None:
         duration, expected = records.stat().st_mtime - begin, records.read_bytes()
         Console().log(f"undisturbed: {duration:.0f} s of work")
         bench = Bench(Path(name), expected, duration, random.Random(args.seed))
+        parts = [signals, interrupts, disks, files, inputs, partial(moments, count=args.moments)]
+        names = ["signals", "interrupts", "disks", "files", "inputs", "moments"]
         for part in args.only.split(","):
-            if part == "moments":
-                moments(bench, args.moments)
-            else:
-                {"signals": signals, "disks": disks, "files": files, "inputs": inputs}[part](bench)
+            parts[names.index(part)](bench)
     show(bench)
+    content = bench.content()
     if args.output is not None:
-        keep(bench, args.output)
+        content = keep(content, args.output)
     if args.page is not None:
-        text = args.page.read_text()
-        before, _, rest = text.partition(BEGIN)
-        args.page.write_text(
-            before + BEGIN + markdown(bench.content()) + END + rest.partition(END)[2]
-        )
+        write_page(content, args.page)
     if any(row.get("resumed", "same") != "same" for row in bench.rows):
         raise SystemExit("a resumed sweep ended otherwise")
 
@@ -477,8 +496,8 @@ def markdown(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in content["faults"]:
-        told = [line.partition("meansparse sweep: ")[2] or line for line in row["told"]]
-        said = min(told, key=len).strip() if told else "–"
+        ended = [line for line in row["told"] if line.startswith("meansparse sweep: ")]
+        said = min(ended or row["told"][:1] or ["–"], key=len).removeprefix("meansparse sweep: ")
         said = said if len(said) <= 170 else f"{said[:167]}…"
         cells = (
             row["fault"],
@@ -491,12 +510,23 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def keep(bench: Bench, path: Path) -> None:
-    """Write JSON."""
-    content = bench.content()
+def write_page(content: dict[str, Any], path: Path) -> None:
+    """Put the table between its marks."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    path.write_text(before + BEGIN + markdown(content) + END + rest.partition(END)[2])
+
+
+def keep(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write JSON; what was provoked now takes the place of what was before."""
+    if path.exists():
+        new = {row["fault"]: row for row in content["faults"]}
+        before = json.loads(path.read_text())["faults"]
+        rows = [new.pop(row["fault"], row) for row in before]
+        content = {**content, "faults": [*rows, *new.values()]}
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
+    return content
 
 
 if __name__ == "__main__":
