@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import logging
 import multiprocessing
 import os
@@ -173,6 +174,30 @@ def test_what_ends_one_process_ends_all(
     for each, text in zip(found, told, strict=True):
         assert text in each.text
     assert len(list((folder / "parts").glob("*.parquet"))) >= 1
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
+def deadly(moment: int, rank: int) -> None:
+    """The first process dies before or after its n-th file is put in place."""
+    replace, events = os.replace, itertools.count()
+
+    def replaced(source: Any, target: Any) -> None:
+        for act in (lambda: None, lambda: replace(source, target)):
+            act()
+            if rank == 0 and next(events) == moment:
+                here(signal.SIGKILL)
+
+    os.replace = replaced
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(36))
+def test_no_moment_is_too_bad_for_the_first_process(
+    tmp_path: Path, whole: Any, moment: int
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    ranks.run(folder, fault=partial(deadly, moment), log=log)
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
     assert ranks.contents(folder) == whole
 
