@@ -222,6 +222,16 @@ def test_a_full_disk_ends_all_and_spoils_nothing(tmp_path: Path, whole: Any) -> 
     assert ranks.contents(folder) == whole
 
 
+def test_what_could_not_be_written_is_said_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left on device") as raised,
+        files.writing(tmp_path),
+        files.writing(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "full")
+    assert str(raised.value).count("cannot be written to") == 1
+
+
 def read_only(rank: int) -> None:
     if rank == 1:
         files.check_folder = journal.check_folder = partial(refused, files.check_folder)
