@@ -512,33 +512,46 @@ def test_no_file(name, in_tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_the_recipe_measures_what_the_page_writes(in_tmp_path):
-    """With the two folders of the page, of a small network, and data with CIFAR-10's columns."""
-    ours, theirs = of("wrn")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("name", "kind", "classes", "size", "keys", "alpha", "test_split"),
+    [
+        ("cifar10", "wrn", 10, 32, ("img", "label"), 0.15, "test"),
+        ("cifar100", "wrn_activations", 10, 32, ("img", "fine_label"), 0.15, "test"),
+        ("imagenet", "convnext", 7, 40, ("image", "label"), 0.3, "validation"),
+    ],
+)
+def test_the_recipes_measure_what_the_page_writes(
+    in_tmp_path, name, kind, classes, size, keys, alpha, test_split
+):
+    """With the two folders of the page, of a small network, and data with the columns of theirs."""
+    ours, theirs = of(kind)
     import_robustbench(checkpoint_of(theirs), ours)
     save_adapter(ours, "outputs/published/adapter", base="robustbench/published")
     sites = list(alphas(ours.model))
     restore_(ours)
     save_classifier(ours, "outputs/published/base")
-    images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(60) % 10
-    split = ImageDataModule({"train": (images, labels), "test": (images, labels)}, image_key="img")
-    split.write_parquet("cifar")
-    attacks = '[{"attack": "pgd", "options": {"steps": 1}}, "adaptive-ce"]'
+    images = torch.randint(0, 256, (60, 3, size, size), dtype=torch.uint8)
+    labels = torch.arange(60) % classes
+    pairs = {"train": (images, labels), "test": (images, labels)}
+    made = ImageDataModule(pairs, image_key=keys[0], label_key=keys[1]).write_parquet("stand_in")
+    (made / "test.parquet").rename(made / f"{test_split}.parquet")
     options = {
-        "model.attacks": attacks,
+        "model.attacks": '[{"attack": "pgd", "options": {"steps": 1}}, "adaptive-ce"]',
         "model.check_images": "0",
-        "data.dataset": "cifar",
+        "data.dataset": "stand_in",
         "data.limit_test": "4",
         "data.limit_holdout": "4",
         "trainer.accelerator": "cpu",
     }
-    recipe = str(ROOT / "recipes" / "cifar10_published.yaml")
+    if name == "imagenet":
+        options["data.holdout"] = "0.3"  # a hundredth of 60 images is none
+    recipe = str(ROOT / "recipes" / f"{name}_published.yaml")
     main(["sweep", "--config", recipe, *(f"--{key}={value}" for key, value in options.items())])
-    output = Path("outputs/cifar10_published")
+    output = Path("outputs") / f"{name}_published"
     records, _ = read_records(output / "records.parquet")
     found = {(row["split"], row["alpha"]) for row in records.to_pylist()}
-    assert {alpha for split, alpha in found if split == TEST} == {0.0, 0.15}
+    assert {each for split, each in found if split == TEST} == {0.0, alpha}
     written = read_adapter(output / "adapter")
     assert list(map(str, written.sites)) == sites
     assert written.statistics == "official"

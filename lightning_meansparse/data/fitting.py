@@ -90,7 +90,9 @@ def eval_transform(classifier: Classifier) -> EvalTransform:
 def named(classifier: Classifier | str) -> Classifier:
     """The classifier, or without its weights the one that a name stands for."""
     if isinstance(classifier, str):
-        return load_classifier(classifier, pretrained=False)
+        if classifier.partition("/")[0] in ("timm", "torchvision", "hf"):
+            return load_classifier(classifier, pretrained=False)
+        return load_classifier(classifier)  # a folder, which has its weights in it
     if not isinstance(classifier, Classifier):
         raise TypeError(
             "classifier must be what load_classifier gives, or a name such as 'timm/resnet18', got "
