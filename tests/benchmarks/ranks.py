@@ -91,11 +91,12 @@ def _compared(one: pa.Table, other: pa.Table) -> dict[str, Any]:
     """How many rows differ in anything but the margin, and by how much that does."""
     plain = [table.drop_columns(["margin"]) for table in (one, other)]
     margins = [table["margin"].to_numpy() for table in (one, other)]
+    pairs = zip(*(table.to_pylist() for table in plain), strict=True)
+    apart = [(a, b) for a, b in pairs if a != b]
     return {
         "rows": other.num_rows,
-        "rows that differ": sum(
-            a != b for a, b in zip(*(table.to_pylist() for table in plain), strict=True)
-        ),
+        "rows that differ": len(apart),
+        "in": sorted({name for a, b in apart for name in a if a[name] != b[name]}),
         "largest difference of a margin": float(np.abs(margins[0] - margins[1]).max()),
     }
 
