@@ -183,7 +183,7 @@ def _in_integers(x: Tensor, band: Band) -> Tensor:
         y = y.view(x.shape) if known.flat else y
         return y if y.stride() == x.stride() else _as_laid_out(y, x)
     y = _empty_like(x)
-    spare = _empty_like(x[: known.cut(x)]).view(known.center.dtype)
+    spare = known.rows(_empty_like(x[: known.cut(x)])).view(known.center.dtype)
     for part, target in known.parts(x, y):
         _steps(part, known, target, spare[: len(part)], target.view(spare.dtype))
     return y
@@ -281,6 +281,11 @@ def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
 
 def _is_cpu(x: Tensor) -> bool:
     return x.is_cpu
+
+
+def bits(x: Tensor) -> Tensor:
+    """The memory of ``x`` as integers: −0 is not 0 there, and NaN is itself."""
+    return x.view(_INTEGERS[x.element_size()])
 
 
 def is_eager(x: Tensor) -> bool:

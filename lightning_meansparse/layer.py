@@ -260,7 +260,8 @@ class _Held:
         # Tensors made under inference mode could never be used by a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             self.numbers = [
-                (name, getattr(operator, name).clone()) for name in ("mean", "var", "alpha")
+                (name, kernels.bits(getattr(operator, name)).clone())
+                for name in ("mean", "var", "alpha")
             ]
             threshold = operator.alpha * operator.var.sqrt()
             self.band = kernels.Band(operator.reference.clone(), threshold, eager=True)
@@ -272,10 +273,10 @@ class _Held:
         now: Any = operator._buffers  # as attributes they are looked for in three places
         try:
             return self.center == operator.center and all(
-                torch.equal(number, now[name]) and not now[name].requires_grad
+                torch.equal(number, now[name].view(number.dtype)) and not now[name].requires_grad
                 for name, number in self.numbers
             )
-        except RuntimeError:  # of another dtype, or on another device
+        except RuntimeError:  # of another width, or on another device
             return False
 
 

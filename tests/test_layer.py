@@ -169,6 +169,25 @@ def test_the_backward_pass_keeps_the_output_alone() -> None:
     assert len(kept) == 1
 
 
+def test_small_maps_in_chunks_and_a_zero_that_changes_its_sign() -> None:
+    x = torch.randn(9, 3, 2, 2)
+    op = MeanSparse(torch.full((3, 1, 1), -0.0), torch.ones(3, 1, 1), 0.5)
+    for chunks in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if chunks:
+                patch.setattr(kernels, "_LARGE", 12)
+                patch.setattr(kernels, "_CHUNK", 24)
+            for zero in (-0.0, 0.0, torch.nan):
+                op.mean.data.fill_(zero)
+                expected = published(x, op.mean, op.alpha * op.var.sqrt())
+                assert same_bits(op(x), expected)
+                assert same_bits(op(x.clone(), inplace=True), expected)
+                leaf = x.clone().requires_grad_()
+                op(leaf).sum().backward()
+                kept = ~((x - op.mean).abs() < 0.5)
+                assert torch.equal(leaf.grad, kept.float())
+
+
 CHANGES = {
     "in place": lambda op: op.mean.add_(1),
     "behind the version counter": lambda op: op.var.data.mul_(9),
