@@ -97,6 +97,9 @@ def look(
 
     def forward(tensors: Sequence[Tensor]) -> object:
         torch.manual_seed(0)
+        for operator in operators.values():
+            # On its first call it computes what it keeps for the next; let every call be the first.
+            vars(operator).pop("_held", None)
         return model(**dict(zip(keys, tensors, strict=True))) if keys else model(*tensors)
 
     names = {module: name for name, module in operators.items()}
