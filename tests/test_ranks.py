@@ -31,7 +31,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
 ]
 
-COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "barrier", "all_gather_object")
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
 
 
 class Alone(PGD):
@@ -116,13 +126,22 @@ def test_margins_deal_every_sample_once_and_nobody_the_best_hand(
     for hand in hands:
         held = [known[number] for number in hand]
         assert held == sorted(held, reverse=True)
-    # Whoever draws first in one turn draws last in the next: the k-th best of any two hands are
-    # never further apart than one there and back.
     ranked = sorted(wanted, key=lambda number: -known[number])
     for hand in hands:
         for turn, number in enumerate(hand):
             better = sum(known[other] > known[number] for other in ranked)
             assert better < (turn + 1) * ranks
+
+
+@given(ranks=st.integers(1, 6), turns=st.integers(1, 5))
+def test_whoever_is_first_in_one_turn_is_last_in_the_next(ranks: int, turns: int) -> None:
+    margins = torch.randperm(2 * ranks * turns).float()
+    order = torch.arange(len(margins))
+    hands = [
+        torch.cat(Samples([order], order, margins, rank, ranks).hand(Round("any", (0.0,), ())))
+        for rank in range(ranks)
+    ]
+    assert {float(margins[hand].sum()) for hand in hands} == {float(margins.sum()) / ranks}
 
 
 def test_samples_come_by_number_as_the_loader_gives_them() -> None:
