@@ -104,15 +104,15 @@ class _Bits(NamedTuple):
 
 
 def _bits(x: Tensor, mean: Tensor, threshold: Tensor) -> _Bits:
-    bits, wide = _INTEGERS[x.element_size()], torch.result_type(x, mean)
+    wide = torch.result_type(x, mean)
     if threshold.dim():
         wide = torch.promote_types(wide, threshold.dtype)
     center = mean.to(x.dtype)
     empty = ~((center - mean).abs() < threshold)
-    nothing = torch.full((), torch.inf, dtype=x.dtype).view(bits) + 1
+    nothing = bits(torch.full((), torch.inf, dtype=x.dtype)) + 1
     # A threshold that is no number is one that nothing is below.
-    limit = threshold.to(wide).nan_to_num(0.0, posinf=torch.inf).view(_INTEGERS[wide.itemsize])
-    band = [mean, limit, center.view(bits), torch.where(empty, nothing, center.view(bits))]
+    limit = bits(threshold.to(wide).nan_to_num(0.0, posinf=torch.inf))
+    band = [mean, limit, bits(center), torch.where(empty, nothing, bits(center))]
     whole = any(t.dim() == x.dim() and t.shape[0] != 1 for t in band)
     flat = not whole and x.is_contiguous() and 1 < _run(x, band) < _SHORT
     if flat:
@@ -178,22 +178,23 @@ def _slope(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
 
 def _in_integers(x: Tensor, band: Band) -> Tensor:
     known = band.in_bits(x)
-    if not known.cut(x):
+    rows = known.cut(x)
+    if not rows:
         y = _steps(known.rows(x), known).view(x.dtype)
         y = y.view(x.shape) if known.flat else y
         return y if y.stride() == x.stride() else _as_laid_out(y, x)
     y = _empty_like(x)
-    spare = known.rows(_empty_like(x[: known.cut(x)])).view(known.center.dtype)
+    spare = bits(known.rows(_empty_like(x[:rows])))
     for part, target in known.parts(x, y):
-        _steps(part, known, target, spare[: len(part)], target.view(spare.dtype))
+        _steps(part, known, target, spare[: len(part)], bits(target))
     return y
 
 
 def _in_integers_(x: Tensor, band: Band) -> Tensor:
     known = band.in_bits(x)
     for (part,) in known.parts(x):
-        bits = part.view(known.center.dtype)
-        _steps(part, known, None, bits, bits)
+        memory = bits(part)
+        _steps(part, known, None, memory, memory)
     return x
 
 
@@ -272,10 +273,9 @@ def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
         return _slope(grad, y, band.mean, band.threshold)
     if not _is_cpu(y):
         return _fused(_slope)(grad, y, band.mean, band.threshold)
-    known, bits = band.in_bits(y), _INTEGERS[y.element_size()]
-    result = _empty_like(y)
+    known, result = band.in_bits(y), _empty_like(y)
     for part, flow, target in known.parts(y, grad, result):
-        torch.ne(part.view(bits), known.replaced, out=target.view(bits)).mul_(flow.view(bits))
+        torch.ne(bits(part), known.replaced, out=bits(target)).mul_(bits(flow))
     return result
 
 

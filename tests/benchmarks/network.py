@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from torch import Tensor
 
 from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.tasks import AlphaSweep
-from tests.benchmarks.networks import DATA
-from tests.benchmarks.ranks import CHECKPOINT, RECORDS
+from tests.benchmarks.ranks import CHECKPOINT, RECORDS, arguments, trainer_of
 from tests.benchmarks.speed.timing import machine
 
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all")
@@ -34,12 +31,7 @@ COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast"
 
 def main() -> None:
     """Count, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=DATA)
-    parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    args = arguments(__doc__, n=100)
     with _counting() as sent, tempfile.TemporaryDirectory() as folder:
         runs = {
             name: _run(args, sent, Path(folder) / name, adapter)
@@ -60,15 +52,7 @@ def main() -> None:
 
 def _run(args: argparse.Namespace, sent: list[int], folder: Path, adapter: Path | None) -> int:
     folder.mkdir()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=DDPStrategy(start_method="fork"),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[_Tell(sent, folder)],
-    )
+    trainer = trainer_of(2, callbacks=[_Tell(sent, folder)])
     sweep = AlphaSweep(
         CHECKPOINT,
         alphas=[0.2],

@@ -40,12 +40,7 @@ RECORDS = Path("docs/records/fashion_mnist_sweep")
 
 def main() -> None:
     """Run sweeps on 1, 2 and 4 processes, print what they give, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=DATA)
-    parser.add_argument("--n", type=int, default=201)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    args = arguments(__doc__, n=201)
     console = Console()
     content: dict[str, Any] = {"machine": machine("cpu"), "n": args.n}
     content["balance"] = _balance()
@@ -60,19 +55,33 @@ def main() -> None:
         args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _run(args: argparse.Namespace, ranks: int, folder: Path) -> tuple[pa.Table, float]:
-    """The records of a sweep on so many processes, and the seconds it took with all around it."""
-    options: dict[str, Any] = {"devices": 1}
+def arguments(doc: str, *, n: int) -> argparse.Namespace:
+    """What a benchmark of several processes is told; Lightning's warnings are kept quiet."""
+    warnings.filterwarnings("ignore")
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data", default=DATA)
+    parser.add_argument("--n", type=int, default=n)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def trainer_of(ranks: int, **options: Any) -> Trainer:
+    """A trainer of so many processes that says little."""
     if ranks > 1:
-        strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=10))
-        options = {"devices": ranks, "strategy": strategy}
-    trainer = Trainer(
+        options["strategy"] = DDPStrategy(start_method="fork", timeout=timedelta(minutes=10))
+    return Trainer(
         accelerator="cpu",
+        devices=ranks,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
     )
+
+
+def _run(args: argparse.Namespace, ranks: int, folder: Path) -> tuple[pa.Table, float]:
+    """The records of a sweep on so many processes, and the seconds it took with all around it."""
+    trainer = trainer_of(ranks)
     data = ImageDataModule(args.data, batch_size=25, holdout=args.n, seed=0)
     sweep = AlphaSweep(
         CHECKPOINT,
