@@ -258,15 +258,15 @@ def test_a_folder_that_one_process_cannot_write_to_ends_all(tmp_path: Path, whol
 def test_damaged_files_are_measured_again_or_refused_by_all(tmp_path: Path, whole: Any) -> None:
     folder, log = tmp_path / "sweep", tmp_path / "log"
     ranks.run(folder, fault=ranks.at_attack(-1, 3, partial(here, signal.SIGKILL)), log=log)
-    part = next((folder / "parts").glob("*-1.parquet"))
+    part = next((folder / "parts").glob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-100])
     tensors = folder / "adapter" / "meansparse.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     zero, one = ranks.run(folder, log=log)
     assert (zero.code, one.code) == (0, 0)
     assert "measuring the statistics again: " in zero.text
-    assert "measuring a batch again: " in one.text
-    assert "measuring a batch again: " not in zero.text
+    assert "measuring a batch again: " in zero.text
+    assert "measuring a batch again: " not in one.text, "once is enough"
     assert ranks.contents(folder) == whole
     (folder / "sweep.json").write_bytes(b"{")
     zero, one = ranks.run(folder, log=log)

@@ -116,7 +116,7 @@ def test_margins_deal_every_sample_once_and_nobody_the_best_hand(
     hands = []
     for rank in range(ranks):
         batches = [torch.zeros(size, dtype=torch.int64)]
-        hand = Samples(batches, order, values, rank, ranks).hand(round)
+        hand = Samples(batches, order, rank, ranks).hand(round, values)
         assert all(len(batch) <= size for batch in hand)
         hands.append([number for batch in hand for number in batch.tolist()])
     wanted = order[round.start : round.stop].tolist()
@@ -138,7 +138,7 @@ def test_whoever_is_first_in_one_turn_is_last_in_the_next(ranks: int, turns: int
     margins = torch.randperm(2 * ranks * turns).float()
     order = torch.arange(len(margins))
     hands = [
-        torch.cat(Samples([order], order, margins, rank, ranks).hand(Round("any", (0.0,), ())))
+        torch.cat(Samples([order], order, rank, ranks).hand(Round("any", (0.0,), ()), margins))
         for rank in range(ranks)
     ]
     assert {float(margins[hand].sum()) for hand in hands} == {float(margins.sum()) / ranks}

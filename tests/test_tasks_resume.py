@@ -18,7 +18,7 @@ from sweeps import FGSM, data, sweep_of, trained_network, trainer
 
 from lightning_meansparse.records import HELD_OUT, read_records
 from lightning_meansparse.surgery import alpha_set
-from lightning_meansparse.tasks.journal import Journal, clear
+from lightning_meansparse.tasks.journal import clear
 from lightning_meansparse.tasks.measuring import Measurement
 
 pytestmark = [
@@ -121,23 +121,23 @@ def test_an_interrupted_round_says_what_it_has(tmp_path, whole, monkeypatch, cap
     with caplog.at_level(logging.INFO, logger="lightning_meansparse"):
         run(tmp_path / "sweep")
     said = [record.getMessage() for record in caplog.records]
-    assert "held-out, round main: going on, 3 of 5 batches were measured before" in said
+    assert "held-out, round main: going on, 48 of 70 samples were measured before" in said
     assert not any("calibrating" in line for line in said)
     assert contents(tmp_path / "sweep") == contents(whole / "grid")
 
 
-def interrupted(folder, monkeypatch, *, batches, **options):
-    """Run a sweep until so many batches are measured."""
-    add = Measurement.add
+def interrupted(folder, monkeypatch, *, batches, run=run, **options):
+    """Run a sweep until a process has measured so many batches."""
+    attack, begun = Measurement._attack, itertools.count()
 
-    def stop(self, number, *batch):
-        if number == batches:
+    def stop(self, *batch):
+        if next(begun) == batches:
             raise OSError("enough")
-        add(self, number, *batch)
+        return attack(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Measurement, "add", stop)
-        with pytest.raises(OSError, match="enough"):
+        patch.setattr(Measurement, "_attack", stop)
+        with pytest.raises(Exception, match="enough"):
             run(folder, **options)
 
 
@@ -158,29 +158,69 @@ def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch,
     assert contents(tmp_path / "sweep") == contents(whole / "grid")
 
 
-def test_two_processes_find_each_its_own_parts(tmp_path, monkeypatch):
-    folder, module = tmp_path / "sweep", data(train=120, holdout=70, batch_size=8, test=20)
+def validate(folder, ranks):
+    """Validate a racing sweep on so many processes."""
+    many = {"devices": ranks, "strategy": DDPStrategy(start_method="fork")} if ranks > 1 else {}
+    sweep = sweep_of(**QUICK, select="racing", output=folder, save_examples=True)
+    trainer(**many).validate(
+        sweep, data(train=120, holdout=70, batch_size=8, test=20), verbose=False
+    )
 
-    def validate():
-        both = {"devices": 2, "strategy": DDPStrategy(start_method="fork")}
-        sweep = sweep_of(**QUICK, select="racing", output=folder)
-        trainer(**both).validate(sweep, module, verbose=False)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "close", lambda *args: None)
-        validate()
-    records = (folder / "records.parquet").read_bytes()
-    (folder / "records.parquet").unlink()  # as if killed right before it was written
-    ranks = {path.stem.rpartition("-")[2] for path in (folder / "parts").iterdir()}
-    assert ranks == {"0", "1"}
+def kept(folder):
+    """Round and number of every sample of which the folder holds a part."""
+    tables = [read_records(path)[0] for path in (folder / "parts").iterdir()]
+    pairs = [
+        sorted(set(zip(*t.select(["round", "index"]).to_pydict().values(), strict=True)))
+        for t in tables
+    ]
+    return [pair for each in pairs for pair in each]
 
-    def never(*args, **kwargs):
-        raise AssertionError
 
-    monkeypatch.setattr(Measurement, "_attack", never)
-    validate()
-    assert (folder / "records.parquet").read_bytes() == records
-    assert not (folder / "parts").exists()
+@pytest.mark.parametrize("then", [1, 2, 4])
+def test_what_two_processes_have_measured_any_number_goes_on_with(tmp_path, monkeypatch, then):
+    one, many, log = tmp_path / "one", tmp_path / "many", tmp_path / "log"
+    validate(one, 1)
+    interrupted(many, monkeypatch, batches=4, run=validate, ranks=2)
+    once = kept(many)
+    assert {round for round, _ in once} == {"race-1", "race-2"}
+    interrupted(many, monkeypatch, batches=1, run=validate, ranks=then)
+    twice = kept(many)
+    assert set(once) < set(twice)
+    attack = Measurement._attack
+
+    def noted(self, images, labels, indices, round):
+        with log.open("a") as file:
+            file.writelines(f"{round.name} {index}\n" for index in indices.tolist())
+        return attack(self, images, labels, indices, round)
+
+    monkeypatch.setattr(Measurement, "_attack", noted)
+    validate(many, then)
+    measured = [line.split() for line in log.read_text().splitlines()]
+    met = sorted([*twice, *((name, int(index)) for name, index in measured)])
+    (rows, _), (expected, _) = (read_records(each / "records.parquet") for each in (many, one))
+    assert rows.drop_columns(["margin"]).equals(expected.drop_columns(["margin"]))
+    columns = rows.select(["round", "index"]).to_pydict().values()
+    assert met == sorted(set(zip(*columns, strict=True))), "each sample once in a round"
+    assert not (many / "parts").exists()
+    examples = [
+        (path.stem.removeprefix("held-out-")[:-9], index)
+        for path in (many / "examples").iterdir()
+        for index in load_file(path)["indices"].tolist()
+    ]
+    assert sorted(examples) == met
+
+
+def test_examples_of_a_batch_that_was_not_finished_go_away(tmp_path, whole, monkeypatch):
+    folder = tmp_path / "sweep"
+    interrupted(folder, monkeypatch, batches=2, **RACE)
+    part = min((folder / "parts").iterdir())
+    examples = folder / "examples" / f"{part.stem}.safetensors"
+    orphan = examples.with_name(f"{part.stem[:-8]}99999999.safetensors")
+    shutil.copy(examples, orphan)
+    run(folder, **RACE)
+    assert not orphan.exists()
+    assert contents(folder) == contents(whole / "racing")
 
 
 # ---------------------------------------------------------------------------- finished, or other

@@ -84,14 +84,15 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
         for rank in range(ranks)
     ]
     round = Round("race-1", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
-    met = set()
+    met, margins = set(), torch.rand(n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "gathered", lambda mine, device: [torch.cat(hand) for hand in hands])
-        for hand in hands:
+        for rank, hand in enumerate(hands):
+            patch.setattr(room, "rank_and_ranks", lambda rank=rank: (rank, ranks))
             samples = dealt(hand, torch.device("cpu"))
             assert samples.order.tolist() == list(range(n))
             assert len(samples) == n
-            met |= {number for batch in samples.hand(round) for number in batch.tolist()}
+            met |= {number for batch in samples.hand(round, margins) for number in batch.tolist()}
     assert met == set(range(n)[round.start : round.stop])
 
 

@@ -103,7 +103,6 @@ def configuration(
             "images": getattr(datamodule, "calibration", None),
         },
         "save_examples": sweep.save_examples,
-        "processes": trainer.world_size,
         "device": sweep.device.type,
         "versions": environment()["versions"],
     }

@@ -2,8 +2,8 @@
 
 `sweep.json` says what is measured, and is there before anything else. `parts/` holds one file per
 batch of a round, with its rows at all alphas: alphas share work inside a batch, so a batch is what
-is lost at most. A finished split goes to `records.parquet`, and its parts go away. Each file is
-there whole or not at all.
+is lost at most. Which process measured it, and of how many, does not matter. A finished split goes
+to `records.parquet`, and its parts go away. Each file is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_meansparse.adapter.files import CONFIG_NAME, TENSORS_NAME, read_adapter
-from lightning_meansparse.records import read_records, write_records
+from lightning_meansparse.records import SCHEMA, read_records, write_records
 from lightning_meansparse.tasks.files import (
     FolderLock,
     check_folder,
@@ -34,7 +34,7 @@ from lightning_meansparse.tasks.rounds import Round
 
 _log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIGURATION = "sweep.json"
 RECORDS = "records.parquet"
 SITES = "sites.json"
@@ -43,7 +43,7 @@ _PARTS = "parts"
 _EXAMPLES = "examples"
 _TEMPORARY = re.compile(
     r"\.(sweep\.json|records\.parquet|sites\.json|meansparse.*|writable"
-    r"|.*-\d+-\d+\.(parquet|safetensors))\.\d+\.tmp"
+    r"|.*-\d+\.(parquet|safetensors))\.\d+\.tmp"
 )
 
 
@@ -146,41 +146,47 @@ class Journal:
         """Return the rows of the other splits that are finished, if there are any."""
         return [] if self.records is None else [self.records.filter(pc.field("split") != split)]
 
-    def part(self, split: str, round: Round, batch: int, numbers: Tensor) -> pa.Table | None:
-        """Return the rows of one batch of samples, if they were measured before.
+    def measured(self, split: str, round: Round) -> pa.Table:
+        """Return the rows of a round of which batches were kept, by however many processes.
 
-        Warns of a damaged file. One of other samples, of another number of processes, is no use.
+        Warns of a damaged file. Examples that belong to no part go away.
         """
-        path = self._path(_PARTS, "parquet", split, round, batch)
-        if path is None or not path.exists():
-            return None
-        try:
-            rows, metadata = read_records(path)
-        except (ValueError, OSError) as error:
-            _log.warning("measuring a batch again: %s", error)
-            return None
-        ours = self._mark(path).items() <= metadata.items()
-        if not ours or _alphas(rows) != round.alphas:
-            _log.warning("measuring a batch again: %s belongs to another sweep", path)
-            return None
-        return rows if set(rows["index"].to_pylist()) == set(numbers.tolist()) else None
+        found = [SCHEMA.empty_table()]
+        if self.folder is None:
+            return found[0]
+        pattern = self._name(split, round, None)
+        for path in sorted((self.folder / _PARTS).glob(f"{pattern}.parquet")):
+            try:
+                rows, metadata = read_records(path)
+            except (ValueError, OSError) as error:
+                _log.warning("measuring a batch again: %s", error)
+                continue
+            if self._mark(path).items() <= metadata.items() and _alphas(rows) == round.alphas:
+                found.append(rows)
+            else:
+                _log.warning("measuring a batch again: %s belongs to another sweep", path)
+        for path in (self.folder / _EXAMPLES).glob(f"{pattern}.safetensors"):
+            if not (self.folder / _PARTS / f"{path.stem}.parquet").exists():
+                path.unlink()
+        return pa.concat_tables(found)
 
     def keep(
         self,
         rows: pa.Table,
         split: str,
         round: Round,
-        batch: int,
         examples: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the rows of one batch, after its adversarial examples if there are any."""
-        path = self._path(_PARTS, "parquet", split, round, batch)
-        beside = self._path(_EXAMPLES, "safetensors", split, round, batch)
-        if self.folder is None or path is None or beside is None:
+        if self.folder is None:
             return
+        # After its first sample: no two batches share it, whoever measures them, and when.
+        name = self._name(split, round, rows["index"][0].as_py())
+        path = self.folder / _PARTS / f"{name}.parquet"
         with writing(self.folder):
             if examples:
-                write_file(save({k: v.contiguous() for k, v in examples.items()}), beside)
+                tensors = save({k: v.contiguous() for k, v in examples.items()})
+                write_file(tensors, self.folder / _EXAMPLES / f"{name}.safetensors")
             write_records(rows, path, {**self.about, **self._mark(path)})
 
     def close(self, split: str) -> None:
@@ -194,12 +200,12 @@ class Journal:
         if parts.is_dir() and not any(parts.iterdir()):
             parts.rmdir()
 
-    def _path(self, room: str, suffix: str, split: str, round: Round, batch: int) -> Path | None:
-        if self.folder is None:
-            return None
+    @staticmethod
+    def _name(split: str, round: Round, sample: int | None) -> str:
+        """Of the files of one batch, without its ending; a pattern for all batches if None."""
         # No colon, which some file systems cannot write.
-        name = f"{split}-{round.name.replace(':', '-')}-{batch:05d}-{self.rank}"
-        return self.folder / room / f"{name}.{suffix}"
+        number = "?" * 8 if sample is None else f"{sample:08d}"
+        return f"{split}-{round.name.replace(':', '-')}-{number}"
 
     def _mark(self, path: Path) -> dict[str, str]:
         """What a part says about itself: nobody else's is taken for ours, whatever its name."""

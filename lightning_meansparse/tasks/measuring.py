@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_meansparse.attacks import CHECKS, BaseExamples, check_eps, evaluate
+from lightning_meansparse.attacks import CHECKS, BaseExamples, Evaluation, check_eps, evaluate
 from lightning_meansparse.records import SCHEMA, rows
 from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks import facts
@@ -21,7 +20,7 @@ from lightning_meansparse.tasks.batches import Transferred
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.ranks import merged_table
 from lightning_meansparse.tasks.rounds import Plan, Round
-from lightning_meansparse.tasks.samples import Samples, loader_of, with_margins
+from lightning_meansparse.tasks.samples import Samples, loader_of
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
@@ -35,9 +34,9 @@ Measured = tuple[pa.Table, dict[str, Tensor]]
 class Measurement:
     """Carries out a plan on one split of a sweep.
 
-    One process measures batches as the trainer's loader gives them; several deal the samples of
-    each round among them by clean margin. What the journal holds is not measured again. Between
-    rounds, and only there, the ranks meet: the plan sees the rows of all.
+    The processes deal the samples of each round among them by clean margin. What the journal holds
+    is not measured again, whoever measured it. Between rounds, and only there, the processes meet:
+    the plan sees the rows of all.
 
     Args:
         sweep: Says how to attack, and what.
@@ -47,9 +46,9 @@ class Measurement:
         journal: Where rows are kept and found.
 
     Attributes:
-        round: The current round; None when all is measured.
-        rounds: All rounds so far, with the current one.
-        fresh: Whether anything had to be measured that was not in the records.
+        rounds: All rounds so far, with the next one.
+        table: The rows of all finished rounds, of all processes.
+        fresh: Whether anything has to be measured that is not in the records.
     """
 
     def __init__(
@@ -61,100 +60,88 @@ class Measurement:
         self.samples = samples
         self.journal = journal
         self.rounds: list[Round] = []
-        self.fresh = False
-        self._merged: list[pa.Table] = []
-        self._parts: dict[int, pa.Table] = {}
-        self._todo: dict[int, Tensor] = {}
+        self.table = SCHEMA.empty_table()
+        self._margins = [torch.zeros(0)]
         self._at_once = 256  # images per forward pass; fewer once the memory has run out
-        self.round: Round | None = None
-        self._advance()
+        self._next = self._first_unknown()
+        self.fresh = self._next is not None
+        if not self.fresh and journal.rank == 0:
+            _log.info("%s: everything is in the records, nothing is measured again", split)
 
-    @property
-    def table(self) -> pa.Table:
-        """The rows of all finished rounds, of all ranks."""
-        return pa.concat_tables([SCHEMA.empty_table(), *self._merged])
-
-    def add(self, batch: int, images: Tensor, labels: Tensor) -> None:
-        """Measure what the current round wants of a batch of the loader, unless it is measured.
-
-        Among several processes nothing is: what a rank measures is not what its loader gives.
-        """
-        if self.samples.margins is None:
-            self._add(batch, self.samples.batches[batch], images, labels)
+    def look(self, images: Tensor, labels: Tensor) -> None:
+        """Find out the clean margins of the base model on this process's next batch."""
+        with alpha_set(self.sweep.classifier, 0.0):
+            self._margins.append(self._evaluated(images, labels, attacks=()).margin)
 
     def complete(self, loader: DataLoader[Any]) -> pa.Table:
-        """Finish the current round, and carry out all that follow.
+        """Carry out all rounds that are left, after a look at every batch.
 
         Args:
             loader: The trainer's.
 
         Returns:
-            The rows of all rounds, of all ranks.
+            The rows of all rounds, of all processes.
         """
-        while self.round is not None:
-            left = list(self._todo.items())
-            mine = loader_of(loader, [numbers for _, numbers in left])
-            batches = Transferred(self.sweep.trainer, mine)
-            for (batch, numbers), (images, labels) in zip(left, batches, strict=True):
-                self._add(batch, numbers, images, labels)
-            self.sweep.progress.end()
-            parts = [self._parts[batch] for batch in sorted(self._parts)]
-            rows = pa.concat_tables([SCHEMA.empty_table(), *parts])
+        if self._next is not None:
             self.sweep.together.meet()
-            self._merged.append(merged_table(rows, self.sweep.device))
-            self._advance()
+            margins = self.samples.in_order(torch.cat(self._margins), self.sweep.device)
+        while self._next is not None:
+            self._add(self._measured(self._next, margins, loader))
+            self._next = self._first_unknown()
         return self.table
 
-    def _add(self, batch: int, numbers: Tensor, images: Tensor, labels: Tensor) -> None:
-        wanted = self._todo.get(batch)
-        if self.round is None or wanted is None:
-            return
-        here = torch.isin(numbers, wanted).nonzero().squeeze(1).to(images.device)
-        table, examples = self._attack(images[here], labels[here], wanted, self.round)
-        self.journal.keep(table, self.split, self.round, batch, examples)
-        self._parts[batch] = table
-        del self._todo[batch]
-        self.sweep.progress.passed(len(wanted))
-
-    def _advance(self) -> None:
+    def _first_unknown(self) -> Round | None:
+        """The next round that is not in the records; those that are go into the table."""
         while (round := self.plan.next(self.table)) is not None:
             self.rounds.append(round)
             known = self.journal.finished(self.split, round)
             if known is None:
-                self._open(round)
-                break
-            self._merged.append(known)
-        self.round = round
-        if round is None and not self.fresh and self.journal.rank == 0:
-            _log.info("%s: everything is in the records, nothing is measured again", self.split)
+                return round
+            self._add(known)
+        return None
 
-    def _open(self, round: Round) -> None:
-        self.fresh = True
-        hand = enumerate(self.samples.hand(round))
-        wanted = {batch: numbers for batch, numbers in hand if len(numbers)}
-        found = {
-            batch: self.journal.part(self.split, round, batch, numbers)
-            for batch, numbers in wanted.items()
-        }
-        self._parts = {batch: part for batch, part in found.items() if part is not None}
-        self._todo = {b: numbers for b, numbers in wanted.items() if b not in self._parts}
+    def _add(self, rows: pa.Table) -> None:
+        self.table = pa.concat_tables([self.table, rows])
+
+    def _measured(self, round: Round, margins: Tensor, loader: DataLoader[Any]) -> pa.Table:
+        """The rows of one round, of all processes: those that are kept, and the others measured."""
         about = facts.about_rounds(self.sweep, self.rounds)
         self.journal.about["rounds"] = {**self.sweep.rounds, self.split: about}
-        if self._parts and self.journal.rank == 0:
+        # One process reads for all: they must agree, and others may soon write.
+        first = self.journal.rank == 0
+        rows = self.journal.measured(self.split, round) if first else SCHEMA.empty_table()
+        self.sweep.together.meet()
+        known = merged_table(rows, self.sweep.device)
+        indices = torch.tensor(pc.unique(known["index"]).to_pylist(), dtype=torch.int64)
+        if len(indices) and first:
             _log.info(
-                "%s, round %s: going on, %d of %d batches were measured before",
+                "%s, round %s: going on, %d of %d samples were measured before",
                 self.split,
                 round.name,
-                len(self._parts),
-                len(wanted),
+                len(indices),
+                len(self.samples.of(round)),
             )
+        hand = self.samples.hand(round, margins)
+        left = [batch[~torch.isin(batch, indices)] for batch in hand]
+        left = [batch for batch in left if len(batch)]
+        mine = sum(map(len, hand))
         self.sweep.progress.begin(
             self.split,
             round,
-            samples=sum(map(len, wanted.values())),
-            before=sum(len(wanted[batch]) for batch in self._parts),
-            evaluations=sum(map(evaluations, [*self._merged, *self._parts.values()])),
+            samples=mine,
+            before=mine - sum(map(len, left)),
+            evaluations=evaluations(self.table) + evaluations(known),
         )
+        found = [SCHEMA.empty_table()]
+        batches = Transferred(self.sweep.trainer, loader_of(loader, left))
+        for numbers, (images, labels) in zip(left, batches, strict=True):
+            table, examples = self._attack(images, labels, numbers, round)
+            self.journal.keep(table, self.split, round, examples)
+            found.append(table)
+            self.sweep.progress.passed(len(numbers))
+        self.sweep.progress.end()
+        self.sweep.together.meet()
+        return pa.concat_tables([known, merged_table(pa.concat_tables(found), self.sweep.device)])
 
     def _attack(self, images: Tensor, labels: Tensor, indices: Tensor, round: Round) -> Measured:
         """Attack one batch at every alpha of a round; what alphas can share is made once."""
@@ -165,22 +152,16 @@ class Measurement:
         for place, alpha in enumerate(round.alphas):
             progress.at(len(images), place, alpha)
             with alpha_set(sweep.classifier, alpha):
-                evaluation = evaluate(
-                    sweep.classifier,
+                evaluation = self._evaluated(
                     images,
                     labels,
                     attacks=round.attacks,
-                    eps=sweep.eps if round.eps is None else round.eps,
-                    norm=sweep.norm,
-                    seed=sweep.seed,
+                    eps=round.eps,
                     indices=indices,
                     base=pool,
                     progress=progress.tell,
-                    listen=sweep.together.listen,
-                    batch_size=self._at_once,
                     keep_examples=sweep.save_examples and bool(round.attacks),
                 )
-            self._at_once = evaluation.batch_size
             tables.append(rows(evaluation, alpha=alpha, split=self.split, round=round.name))
             progress.spent(evaluations(tables[-1]))
             if evaluation.examples is not None:
@@ -190,32 +171,23 @@ class Measurement:
         # In one piece: a chunk per column and alpha would take five times the memory of the rows.
         return pa.concat_tables(tables).combine_chunks(), examples
 
-
-def by_margin(sweep: AlphaSweep, samples: Samples, loader: Iterable[Any]) -> Samples:
-    """Let several processes deal the samples by the clean margins of the base model.
-
-    Args:
-        sweep: With operators.
-        samples: Of the split.
-        loader: What gives this rank's batches of them.
-    """
-    if sweep.trainer.world_size == 1:
-        return samples
-    margins = [torch.zeros(0)]
-    for images, labels in Transferred(sweep.trainer, islice(loader, len(samples.batches))):
-        with alpha_set(sweep.classifier, 0.0):
-            clean = evaluate(
-                sweep.classifier,
-                images,
-                labels,
-                attacks=(),
-                eps=sweep.eps,
-                norm=sweep.norm,
-                listen=sweep.together.listen,
-            )
-        margins.append(clean.margin)
-    sweep.together.meet()
-    return with_margins(samples, torch.cat(margins), sweep.device)
+    def _evaluated(
+        self, images: Tensor, labels: Tensor, *, eps: float | None = None, **options: Any
+    ) -> Evaluation:
+        """What the classifier says to images, as it is set now."""
+        evaluation = evaluate(
+            self.sweep.classifier,
+            images,
+            labels,
+            eps=self.sweep.eps if eps is None else eps,
+            norm=self.sweep.norm,
+            seed=self.sweep.seed,
+            listen=self.sweep.together.listen,
+            batch_size=self._at_once,
+            **options,
+        )
+        self._at_once = evaluation.batch_size
+        return evaluation
 
 
 def check_rounds(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -10,10 +9,10 @@ from torch import Tensor
 
 
 def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
-    """Return one round's rows of all ranks on every rank, each sample once.
+    """Return the rows of all ranks on every rank, in the order of the ranks.
 
     Args:
-        table: This rank's records; may be empty.
+        table: This rank's rows; may be empty.
         device: Where this rank's tensors are.
     """
     # Bytes in a tensor, not gathered objects: nothing is unpickled, and every backend can do it.
@@ -22,7 +21,14 @@ def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
         writer.write_table(table)
     parts = gathered(torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8), device)
     tables = [pa.ipc.open_stream(part.numpy().tobytes()).read_all() for part in parts]
-    return _each_sample_once(pa.concat_tables(tables))
+    return pa.concat_tables(tables)
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Return the number of this process, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def gathered(tensor: Tensor, device: torch.device) -> list[Tensor]:
@@ -46,10 +52,3 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return parts
-
-
-def _each_sample_once(table: pa.Table) -> pa.Table:
-    """Drop the copies that a distributed sampler's padding made."""
-    keys = [table.column(name).to_numpy() for name in ("alpha", "order", "index")]
-    _, first = np.unique(np.rec.fromarrays(keys), return_index=True)
-    return table if len(first) == len(table) else table.take(pa.array(np.sort(first)))

@@ -8,11 +8,10 @@ distributed sampler, whose padding repeats samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -26,7 +25,7 @@ from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.data.loading import PatientLoader
 from lightning_meansparse.surgery import images_in
 from lightning_meansparse.tasks.batches import images_and_labels
-from lightning_meansparse.tasks.ranks import gathered
+from lightning_meansparse.tasks.ranks import gathered, rank_and_ranks
 from lightning_meansparse.tasks.rounds import Round
 
 _ASK = (
@@ -44,15 +43,12 @@ class Samples:
             `(batch size,)` int64.
         order: Numbers of the samples of all ranks, each once, `(n,)` int64. The first so many are
             the same set for any number of ranks.
-        margins: Clean margin of each sample in `order`, `(n,)`; None where one process measures
-            all of them.
         rank: Number of this process.
         ranks: How many there are.
     """
 
     batches: Sequence[Tensor]
     order: Tensor
-    margins: Tensor | None = None
     rank: int = 0
     ranks: int = 1
 
@@ -60,23 +56,39 @@ class Samples:
         """Return the number of samples over all ranks."""
         return len(self.order)
 
-    def hand(self, round: Round) -> list[Tensor]:
+    def of(self, round: Round) -> Tensor:
+        """Return the numbers of the samples that a round measures, on all ranks together."""
+        return self.order[round.start : round.stop]
+
+    def in_order(self, values: Tensor, device: torch.device) -> Tensor:
+        """Return one value per sample of `order`, on every rank.
+
+        Args:
+            values: Of this rank's samples, in the order of its batches, `(m,)` float32.
+            device: Where this rank's tensors are.
+        """
+        mine = torch.cat([torch.zeros(0, dtype=torch.int64), *self.batches])
+        numbers = torch.cat(gathered(mine, device)).tolist()
+        known = dict(zip(numbers, torch.cat(gathered(values, device)).tolist(), strict=True))
+        return torch.tensor([known[number] for number in self.order.tolist()])
+
+    def hand(self, round: Round, margins: Tensor) -> list[Tensor]:
         """Return the numbers of the samples that this rank measures in a round, by batch.
 
-        Alone, a process measures what its loader gives. Among several, who gets what is decided
-        anew for each round: what a sample costs depends on whether it stays robust, and that on its
-        clean margin. So they are dealt in the order of their margins, there and back: with 3 ranks
+        What a sample costs depends on whether it stays robust, and that on its clean margin. So
+        each round's samples are dealt in the order of their margins, there and back: with 3 ranks
         to 0, 1, 2, 2, 1, 0, 0, 1, …
+
+        Args:
+            round: The round.
+            margins: Clean margin of each sample of `order`, `(n,)`.
         """
-        part = slice(round.start, round.stop)
-        wanted = self.order[part]
-        if self.margins is None:
-            return [batch[torch.isin(batch, wanted)] for batch in self.batches]
-        turns = self.margins[part].argsort(descending=True, stable=True)
+        part = margins[round.start : round.stop]
+        turns = part.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
         place = torch.arange(len(turns)) % (2 * self.ranks)
         mine = torch.minimum(place, 2 * self.ranks - 1 - place) == self.rank
         size = max(map(len, self.batches), default=1)
-        return list(torch.split(wanted[turns[mine]], size))
+        return [batch for batch in torch.split(self.of(round)[turns[mine]], size) if len(batch)]
 
 
 def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
@@ -91,34 +103,16 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
 
     Examples:
         >>> samples = dealt([torch.tensor([4, 2]), torch.tensor([7])], torch.device("cpu"))
-        >>> samples.order, samples.hand(Round("race-2", (0.0,), (), start=1, stop=2))
-        (tensor([4, 2, 7]), [tensor([2]), tensor([], dtype=torch.int64)])
+        >>> samples.order, samples.hand(Round("all", (0.0,), ()), torch.tensor([0.1, 0.9, 0.5]))
+        (tensor([4, 2, 7]), [tensor([2, 7]), tensor([4])])
     """
-    mine = torch.cat(list(batches)) if batches else torch.zeros(0, dtype=torch.int64)
+    mine = torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
     hands = gathered(mine, device)
     turns = range(max(map(len, hands)))
     numbers = [int(hand[turn]) for turn in turns for hand in hands if turn < len(hand)]
     # A dict keeps the first of equals: the sampler's padding repeats samples.
-    return Samples(batches, torch.tensor(list(dict.fromkeys(numbers)), dtype=torch.int64))
-
-
-def with_margins(samples: Samples, margins: Tensor, device: torch.device) -> Samples:
-    """Let samples be dealt among the ranks by their clean margins.
-
-    Args:
-        samples: As `dealt` made them.
-        margins: Of this rank's samples, in the order of its batches, `(m,)` float32.
-        device: Where this rank's tensors are.
-    """
-    numbers = torch.cat(gathered(torch.cat(list(samples.batches)), device)).tolist()
-    known = dict(zip(numbers, torch.cat(gathered(margins, device)).tolist(), strict=True))
-    ordered = torch.tensor([known[number] for number in samples.order.tolist()])
-    return replace(
-        samples,
-        margins=ordered.nan_to_num(-torch.inf),
-        rank=dist.get_rank(),
-        ranks=dist.get_world_size(),
-    )
+    order = torch.tensor(list(dict.fromkeys(numbers)), dtype=torch.int64)
+    return Samples(batches, order, *rank_and_ranks())
 
 
 def batch_indices(loader: Any) -> list[Tensor]:

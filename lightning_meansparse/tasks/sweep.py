@@ -33,7 +33,7 @@ from lightning_meansparse.tasks.ascent import Norm
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
 from lightning_meansparse.tasks.journal import Journal
-from lightning_meansparse.tasks.measuring import Measurement, by_margin, check_rounds
+from lightning_meansparse.tasks.measuring import Measurement, check_rounds
 from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
 from lightning_meansparse.tasks.ranks import summed
@@ -261,19 +261,19 @@ class AlphaSweep(LightningModule):
         )
         self._measurement = Measurement(self, self._selection, HELD_OUT, samples, journal)
         self._occupancy = None
-        if operators(self.classifier) and self._measurement.round is not None:
+        if operators(self.classifier) and self._measurement.fresh:
             self._occupancy = Occupancy(
                 self.classifier, self.alphas, rename=lambda name: name.removeprefix("model.")
             )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure what the first round wants of one batch, at every alpha."""
-        images = self._add(batch, batch_idx)
+        """Look at one batch: clean margins, and what the operators would replace."""
+        images = self._look(batch)
         if self._occupancy is not None:
             self._occupancy.update(self.classifier, images)
 
     def on_validation_epoch_end(self) -> None:
-        """Measure the rounds that follow, choose alpha, log, and write."""
+        """Measure round after round, choose alpha, log, and write."""
         table = self._finish(HELD_OUT, self.trainer.val_dataloaders)
         self.chosen_alpha = self._selection.choice(table)
         self.reason = self._selection.reason(table)
@@ -307,11 +307,11 @@ class AlphaSweep(LightningModule):
         self._measurement = Measurement(self, plan, TEST, samples, journal)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Attack one batch at the alphas that are reported."""
-        self._add(batch, batch_idx)
+        """Look at one batch: clean margins."""
+        self._look(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Check the evaluation, log the test split, and write everything."""
+        """Attack at the alphas that are reported, check the evaluation, log, and write."""
         self._finish(TEST, self.trainer.test_dataloaders)
         self._write()
 
@@ -350,15 +350,16 @@ class AlphaSweep(LightningModule):
             if journal.adapter is None and journal.folder is not None and journal.rank == 0:
                 write_adapter(self, journal.folder)
         journal.about = self.metadata()
-        return by_margin(self, samples, only), journal
+        return samples, journal
 
-    def _add(self, batch: Any, number: int) -> Tensor:
+    def _look(self, batch: Any) -> Tensor:
         images, labels = images_and_labels(batch)
-        self._measurement.add(number, images, labels)
+        if self._measurement.fresh:
+            self._measurement.look(images, labels)
         return images
 
     def _finish(self, split: str, loader: Any) -> pa.Table:
-        """Carry out the rounds that are left, and log what all of them say."""
+        """Carry out the rounds, and log what all of them say."""
         run = self._measurement
         table = self._records[split] = run.complete(only_loader(loader))
         self.rounds[split] = facts.about_rounds(self, run.rounds)
