@@ -39,20 +39,21 @@ class Band:
     Args:
         mean: What values inside the band become, broadcastable to ``x`` without enlarging it.
         threshold: Half-width of the band, likewise.
-        eager: Whether `is_eager` holds for every ``x`` that it will be used with.
+        eager: Whether `is_eager` holds for every ``x`` that it will be used with. Where `vmap` has
+            batched one of the numbers, it is not used.
     """
 
     def __init__(self, mean: Tensor, threshold: Tensor, *, eager: bool) -> None:
         self.mean = mean
         self.threshold = threshold
-        self.eager = eager
+        self.eager = eager and not (is_batched(mean) or is_batched(threshold))
         # Whether a gradient has to reach the mean or the threshold.
         self.wants_grad = mean.requires_grad or threshold.requires_grad
-        self._in_bits: dict[tuple[torch.dtype, torch.Size | None], _Bits] = {}
+        self._in_bits: dict[tuple[torch.dtype, torch.Size | int], _Bits] = {}
 
     def in_bits(self, x: Tensor) -> _Bits:
         """The band as integers; the same for every ``x`` of one dtype, shape and layout."""
-        key = (x.dtype, x.shape[1:] if x.is_contiguous() else None)
+        key = (x.dtype, x.shape[1:] if x.is_contiguous() else x.dim())
         known = self._in_bits.get(key)
         if known is None:
             # Tensors made under inference mode could never be used by a backward pass.
@@ -104,14 +105,18 @@ class _Bits(NamedTuple):
 
 
 def _bits(x: Tensor, mean: Tensor, threshold: Tensor) -> _Bits:
+    # As in any arithmetic, numbers without an axis count in the dtype of x.
     wide = torch.result_type(x, mean)
-    if threshold.dim():
-        wide = torch.promote_types(wide, threshold.dtype)
+    mean = mean.to(wide)
     center = mean.to(x.dtype)
-    empty = ~((center - mean).abs() < threshold)
+    limit = threshold.to(wide)
+    if threshold.dim():  # rounded up, so that no distance is on the other side of it
+        above = torch.nextafter(limit, torch.full_like(limit, torch.inf))
+        limit = torch.where(limit < threshold, above, limit)
+    empty = ~((center - mean).abs() < limit)
     nothing = bits(torch.full((), torch.inf, dtype=x.dtype)) + 1
     # A threshold that is no number is one that nothing is below.
-    limit = bits(threshold.to(wide).nan_to_num(0.0, posinf=torch.inf))
+    limit = bits(limit.nan_to_num(0.0, posinf=torch.inf))
     band = [mean, limit, bits(center), torch.where(empty, nothing, bits(center))]
     whole = any(t.dim() == x.dim() and t.shape[0] != 1 for t in band)
     flat = not whole and x.is_contiguous() and 1 < _run(x, band) < _SHORT
@@ -231,7 +236,14 @@ class _Replace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (y,) = ctx.saved_tensors
+        try:
+            (y,) = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the result of an operator was overwritten before the backward pass, which finds "
+                "the band in it. Let what comes after the operator work out of place "
+                f"(inplace=False, x = x + y instead of x += y). ({error})"
+            ) from error
         return _backward(grad, y.detach(), ctx.band), None
 
 
@@ -273,7 +285,7 @@ def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
         return _slope(grad, y, band.mean, band.threshold)
     if not _is_cpu(y):
         return _fused(_slope)(grad, y, band.mean, band.threshold)
-    known, result = band.in_bits(y), _empty_like(y)
+    known, result = band.in_bits(y), y.new_empty_strided(y.shape, y.stride())
     for part, flow, target in known.parts(y, grad, result):
         torch.ne(bits(part), known.replaced, out=bits(target)).mul_(bits(flow))
     return result
@@ -302,9 +314,15 @@ def is_eager(x: Tensor) -> bool:
         and x.element_size() in _INTEGERS
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_batched(x)
         and forward_ad._current_level < 0
     )
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether `vmap` or another transform has wrapped ``x``, or the older vmap inside autograd."""
+    wrappers = torch._C._functorch
+    return wrappers.is_functorch_wrapped_tensor(x) or wrappers.is_legacy_batchedtensor(x)
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -312,7 +330,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
     What comes next rounds differently in another layout, and α = 0 must change nothing.
     """
-    if 0 in x.stride():  # expanded: its elements share memory
+    if _overlaps(x):
         return torch.empty_like(x)
     return x.new_empty_strided(x.shape, x.stride())
 
@@ -320,9 +338,20 @@ def _empty_like(x: Tensor) -> Tensor:
 def _as_laid_out(y: Tensor, x: Tensor) -> Tensor:
     """``y`` in the memory layout of ``x``, as far as strides matter and can be had anew."""
     steps = [(a, b) for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if n != 1]
-    if all(a == b for a, b in steps) or any(a == 0 for a, _ in steps):
+    if all(a == b for a, b in steps) or _overlaps(x):
         return y
     return x.new_empty_strided(x.shape, x.stride()).copy_(y)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether values may share memory, as those of an expanded tensor or of windows do."""
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
 
 
 @cache

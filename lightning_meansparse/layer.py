@@ -161,9 +161,7 @@ class MeanSparse(nn.Module):
     @property
     def reference(self) -> Tensor:
         """What values inside the band become, in the shape of ``mean``; see ``center``."""
-        if self.center == "global":
-            return self.mean.mean().expand_as(self.mean)
-        return torch.zeros_like(self.mean) if self.center == "zero" else self.mean
+        return _reference(self.mean, self.center)
 
     def forward(self, x: Tensor, *, inplace: bool = False, clamped: bool = False) -> Tensor:
         """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to.
@@ -196,10 +194,13 @@ class MeanSparse(nn.Module):
             return held.band
         numbers = (self.mean, self.var, self.alpha)
         _check_fit(x, mean=self.mean, var=self.var, alpha=self.alpha)
-        if not eager or any(not number.is_cpu or number.requires_grad for number in numbers):
+        if not eager or any(
+            not number.is_cpu or number.requires_grad or kernels.is_batched(number)
+            for number in numbers
+        ):
             return kernels.Band(self.reference, self.alpha * self.var.sqrt(), eager=eager)
-        self._held = _Held(self, x.shape)
-        return self._held.band
+        held = self._held = _Held(self, x.shape)
+        return held.band
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files do without what can be computed anew."""
@@ -221,6 +222,12 @@ class MeanSparse(nn.Module):
                     new.device, torch.promote_types(new.dtype, torch.float32)
                 )
         return self
+
+
+def _reference(mean: Tensor, center: Center) -> Tensor:
+    if center == "global":
+        return mean.mean().expand_as(mean)
+    return torch.zeros_like(mean) if center == "zero" else mean
 
 
 def check_alpha(alpha: object) -> None:
@@ -257,15 +264,15 @@ class _Held:
     """A band, the numbers it was made of, and the last shape that it was found to fit."""
 
     def __init__(self, operator: MeanSparse, shape: torch.Size) -> None:
+        self.center = operator.center
         # Tensors made under inference mode could never be used by a backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            self.numbers = [
-                (name, kernels.bits(getattr(operator, name)).clone())
-                for name in ("mean", "var", "alpha")
-            ]
-            threshold = operator.alpha * operator.var.sqrt()
-            self.band = kernels.Band(operator.reference.clone(), threshold, eager=True)
-        self.center = operator.center
+            # The band is made of what it is compared with: another thread may be writing.
+            copies = {name: getattr(operator, name).clone() for name in ("mean", "var", "alpha")}
+            mean = _reference(copies["mean"], self.center)
+            threshold = copies["alpha"] * copies["var"].sqrt()
+            self.band = kernels.Band(mean, threshold, eager=True)
+            self.numbers = [(name, kernels.bits(copy)) for name, copy in copies.items()]
         self.shape = shape
 
     def is_of(self, operator: MeanSparse) -> bool:
@@ -276,7 +283,7 @@ class _Held:
                 torch.equal(number, now[name].view(number.dtype)) and not now[name].requires_grad
                 for name, number in self.numbers
             )
-        except RuntimeError:  # of another width, or on another device
+        except (RuntimeError, KeyError):  # of another width, on another device, or no buffer now
             return False
 
 

@@ -56,8 +56,12 @@ def at_the_edge(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     channels = draw(st.integers(1, 4))
     numbers = st.lists(st.sampled_from(SPECIAL[:-3]) | FLOATS, min_size=channels, max_size=channels)
-    mean = torch.tensor(draw(numbers)).view(-1, 1, 1)
+    # A mean beyond the largest number of half precision makes infinities, which have no gradient.
+    largest = min(torch.finfo(dtype).max, 3e38)
+    mean = torch.tensor(draw(numbers)).clamp(-largest, largest).view(-1, 1, 1)
     width = torch.tensor(draw(numbers)).abs().view(-1, 1, 1)
+    if draw(st.booleans()):  # a variance in float64, beside a mean in float32
+        width = width.double() * (1 + draw(st.floats(-1e-8, 1e-8)))
     values = [torch.tensor(SPECIAL).to(dtype).expand(channels, -1)]
     for edge in (mean - width, mean + width, mean):
         step = edge.to(dtype).view(channels, 1)
@@ -83,7 +87,11 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
     "every second": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
     "expanded": lambda x: x,
+    "windows": lambda x: x.clone(memory_format=torch.contiguous_format).as_strided(
+        x.shape, (x[0].numel(), 1, 1, 1)
+    ),
 }
+SHARED = ("expanded", "windows")  # values share memory
 
 
 @given(
@@ -104,14 +112,31 @@ def test_values_gradients_and_memory_are_the_formulas(
         one, other = x.detach().requires_grad_(), x.detach().requires_grad_()
         y = kernels.replace(one, kernels.Band(mean, width, eager=True))
         assert same_bits(y.detach(), expected)
-        assert layout == "expanded" or y.stride() == x.stride()
+        assert layout in SHARED or y.stride() == x.stride()
         (got,) = torch.autograd.grad(y, one, flow)
         (wanted,) = torch.autograd.grad(published(other, mean, width), other, flow)
         assert same_bits(got, wanted)
-        if layout != "expanded":
+        if layout not in SHARED:
             copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
             assert kernels.replace_(copied, kernels.Band(mean, width, eager=True)) is copied
             assert same_bits(copied, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_without_an_axis_count_in_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 3).to(dtype)
+    mean, var = torch.tensor(0.3), torch.tensor(2.0)
+    assert same_bits(mean_sparse(x, mean, var, 0.5), published(x, mean, 0.5 * var.sqrt()))
+
+
+def test_images_and_batches_of_other_layouts_are_cut_where_they_can_be() -> None:
+    op, x = operator()
+    batch, image = x.to(memory_format=torch.channels_last), x[0].transpose(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_LARGE", 12)
+        patch.setattr(kernels, "_CHUNK", 24)
+        for part in (batch, image, batch):
+            assert torch.equal(op(part), published(part, op.mean, op.alpha * op.var.sqrt()))
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
@@ -137,6 +162,13 @@ def test_a_result_that_is_overwritten_later_is_noticed() -> None:
         loss.backward()
 
 
+def test_what_overwrites_a_result_that_the_backward_pass_needs_is_told_so() -> None:
+    op, x = operator()
+    y = op(x.requires_grad_()).relu_()
+    with pytest.raises(RuntimeError, match="Let what comes after the operator work out of place"):
+        y.sum().backward()
+
+
 # Torch's own rules for tangents are scripted.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 def test_double_backward_transforms_and_tangents_are_the_formulas() -> None:
@@ -154,6 +186,23 @@ def test_double_backward_transforms_and_tangents_are_the_formulas() -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = op(torch.autograd.forward_ad.make_dual(x, tangent))
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+
+
+def test_numbers_and_gradients_may_be_batched() -> None:
+    op, x = operator()
+    alphas = torch.tensor([0.0, 0.5, 2.0])
+    for known in (False, True):
+        got = torch.func.vmap(lambda a: torch.func.functional_call(op, {"alpha": a}, (x,)))(alphas)
+        for y, alpha in zip(got, alphas, strict=True):
+            assert torch.equal(y, published(x, op.mean, alpha * op.var.sqrt()))
+        assert torch.equal(op(x), published(x, op.mean, op.alpha * op.var.sqrt())), known
+    means = torch.stack([op.mean, -op.mean])
+    got = torch.func.vmap(lambda mean: mean_sparse(x, mean, op.var, 0.5))(means)
+    assert torch.equal(got[1], published(x, -op.mean, 0.5 * op.var.sqrt()))
+    leaf, flows = x.requires_grad_(), torch.randn(2, *x.shape)
+    y = op(leaf)
+    (got,) = torch.autograd.grad(y, leaf, flows, is_grads_batched=True)
+    assert torch.equal(got, flows * (y == leaf))
 
 
 def test_the_backward_pass_keeps_the_output_alone() -> None:
@@ -226,6 +275,34 @@ def test_a_mean_that_begins_to_want_gradients_gets_them() -> None:
     op.mean.requires_grad_()
     op(x).sum().backward()
     assert op.mean.grad is not None
+
+
+def test_a_mean_that_is_no_buffer_any_more_counts() -> None:
+    op, x = operator()
+    op(x)
+    nn.utils.parametrize.register_parametrization(op, "mean", nn.Tanh())
+    for _ in range(2):
+        assert torch.equal(op(x), published(x, op.mean, op.alpha * op.var.sqrt()))
+
+
+def test_a_band_is_made_of_the_numbers_it_is_kept_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may write into a buffer at any moment."""
+    op, x = operator()
+    raw = kernels.bits
+
+    def meanwhile(t: Tensor) -> Tensor:
+        found = raw(t).clone()
+        op.alpha.add_(0.25)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "bits", meanwhile)
+        op._band(x)
+    held = op._held
+    for alpha in (0.5, 0.75, 1.0, 1.25):
+        op.alpha.fill_(alpha)
+        op._held = held
+        assert torch.equal(op(x), published(x, op.mean, op.alpha * op.var.sqrt()))
 
 
 def test_a_variance_that_is_no_number_lets_everything_through() -> None:
