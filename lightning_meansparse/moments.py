@@ -103,22 +103,23 @@ class ChannelMoments:
             )
         if x.numel() == 0:
             return
+        count = x.numel() // math.prod(self.shape)
+        if self.statistics == "official" and count < 2:
+            raise ValueError(
+                'statistics="official" needs at least 2 values per channel in every batch, '
+                'got 1: use a larger batch size, or statistics="pooled".'
+            )
         x = x.detach().to(self._origin.device)
         axes = [axis for axis, size in enumerate(aligned) if size == 1]
         if self.count == 0:
             first = x
             for axis in axes:
                 first = first.narrow(axis, 0, 1)
-            self._origin = first.double().reshape(self.shape)
+            # A copy: an activation may be about to overwrite x.
+            self._origin = first.to(torch.float64, copy=True).reshape(self.shape)
         sums = [self._sums(part, axes) for part in (self._parts(x) if pad else (x,))]
         distance, spread = (reduce(torch.add, parts) for parts in zip(*sums, strict=True))
-        count = x.numel() // math.prod(self.shape)
         if self.statistics == "official":
-            if count < 2:
-                raise ValueError(
-                    'statistics="official" needs at least 2 values per channel in every batch, '
-                    'got 1: use a larger batch size, or statistics="pooled".'
-                )
             distance = distance / count
             spread = (spread - distance.square() * count).clamp_(min=0) / (count - 1)
             count = 1

@@ -136,6 +136,23 @@ def test_half_precision_and_empty_batches() -> None:
     assert_close(moments, *reference.pooled([x.float().numpy()], AXES))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_overwritten_after_it_was_counted_still_counts(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 3, 2, 2, dtype=dtype) + 5
+    expected = reference.pooled([x.numpy().copy()], AXES)
+    moments = ChannelMoments((3, 1, 1))
+    moments.update(x)
+    x.zero_()
+    assert_close(moments, *expected)
+
+
+def test_a_batch_that_is_refused_changes_nothing() -> None:
+    moments = ChannelMoments((3,), statistics="official")
+    with pytest.raises(ValueError, match="at least 2"):
+        moments.update(torch.ones(1, 3))
+    assert not moments.mean.any()
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="shape must be positive"):
         ChannelMoments((0,))
