@@ -107,7 +107,8 @@ class APGD(StartedAttack):
         worth = torch.ones_like(outcome.fooled)
         for run, rows in outcome.runs(self.n_restarts * targets.shape[1]):
             if run == targets.shape[1] and self.close < 1:
-                worth = self._close(task.images, task.labels, outcome)
+                worth[rows] = self._close(task.select(rows), outcome.examples[rows])
+                outcome.forwards[rows] += 2
             rows = rows[worth[rows]]
             if len(rows) == 0:
                 break
@@ -119,11 +120,11 @@ class APGD(StartedAttack):
             target = targets[rows, run % targets.shape[1]]
             self.climb(rows, part.ball, part.labels, target, start, outcome)
 
-    def _close(self, images: Tensor, labels: Tensor, outcome: Outcome) -> Tensor:
-        """Which samples the best example so far has brought near to the decision boundary."""
-        clean, _ = self.judge(images, labels, lambda logits: margin_loss(logits, labels))
-        found, _ = self.judge(outcome.examples, labels, lambda logits: margin_loss(logits, labels))
-        outcome.forwards += 2
+    def _close(self, task: Task, examples: Tensor) -> Tensor:
+        """Which samples their best examples so far have brought near to the decision boundary."""
+        labels = task.labels
+        clean, _ = self.judge(task.images, labels, lambda logits: margin_loss(logits, labels))
+        found, _ = self.judge(examples, labels, lambda logits: margin_loss(logits, labels))
         return found > self.close * clean  # both negative where the sample stands
 
     def climb(
