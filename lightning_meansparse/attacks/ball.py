@@ -59,20 +59,19 @@ class Ball:
     def clip(self, images: Tensor) -> Tensor:
         """Make any tensor a legal example: finite, in [0, 1], and in the ball to the last bit.
 
-        Under L2 the length is measured in float64 after rounding to float32, and shrunk until it is
-        at most ``eps``.
+        Under L2 the length is measured in float64, and what is too long is shortened and rounded
+        towards the centre.
         """
         legal = torch.where(images.isfinite(), images, self.center)
         legal = self.project(legal.to(self.center.dtype))
         if self.norm == "L2":
-            exact = self.center.double()
-            for shrink in (1e-7, 1e-6, 1e-5, 1e-4):
-                delta = legal.double() - exact
-                length = lengths(delta)
-                if not bool((length > self.eps).any()):
-                    break
-                inner = torch.where(length > self.eps, self.eps * (1 - shrink) / length, 1)
-                legal = (exact + delta * inner).float().clamp_(0, 1)
+            center = self.center.double()
+            delta = legal.double() - center
+            length = lengths(delta)
+            bound = center + delta * (self.eps * (1 - 1e-12) / length)
+            below, above = (_round_inside(bound, upper=upper) for upper in (True, False))
+            shortened = torch.where(delta > 0, below, above)
+            legal = torch.where(length > self.eps, shortened, legal)
         return legal
 
     def direction(self, gradient: Tensor) -> Tensor:

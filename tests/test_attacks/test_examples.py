@@ -69,6 +69,18 @@ def test_clip_makes_anything_legal(norm: str) -> None:
     assert torch.equal(Ball(center, eps, norm).clip(inside), inside)
 
 
+@pytest.mark.parametrize("eps", [1e-7, 1e-5, 1e-3, 0.5])
+def test_clip_is_exact_however_small_the_ball(eps: float) -> None:
+    """Where float32 has few numbers inside, the nearest to a point of the ball is often outside."""
+    generator = torch.Generator().manual_seed(0)
+    center = 0.25 + 0.5 * torch.rand(32, 3, 16, 16, generator=generator)
+    wild = center + eps * torch.randn(center.shape, generator=generator)
+    delta = Ball(center, eps, "L2").clip(wild).double() - center.double()
+    size = delta.flatten(1).norm(dim=1)
+    assert size.max() <= eps
+    assert eps < 1e-3 or size.min() > 0.998 * eps
+
+
 def _attack(found: Callable[[Tensor, Tensor], Any]) -> type:
     from torchattacks.attack import Attack
 
