@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_meansparse.layer import Backward, MeanSparse, check_alpha, check_backward
 from lightning_meansparse.sites.record import match
@@ -64,8 +64,8 @@ def alphas(model: nn.Module) -> dict[str, float]:
 @contextmanager
 def alpha_set(model: nn.Module, alpha: float | Mapping[str, float]) -> Iterator[None]:
     """Set α inside the ``with`` block only; at 0 the model is its base."""
-    with _alphas_kept(model) as found:
-        if found:
+    with _alphas_kept(model) as before:
+        if before:
             set_alpha(model, alpha)
         yield
 
@@ -73,17 +73,17 @@ def alpha_set(model: nn.Module, alpha: float | Mapping[str, float]) -> Iterator[
 @contextmanager
 def alpha_scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply every site's α inside the ``with`` block only."""
-    with _alphas_kept(model) as found:
-        for op in found:
-            op.alpha.mul_(factor)
+    with _alphas_kept(model) as before:
+        for op, old in before:  # not multiplied in place: operators may share one α
+            op.alpha.copy_(factor * old)
         yield
 
 
 @contextmanager
-def _alphas_kept(model: nn.Module) -> Iterator[list[MeanSparse]]:
+def _alphas_kept(model: nn.Module) -> Iterator[list[tuple[MeanSparse, Tensor]]]:
     before = [(op, op.alpha.clone()) for op in operators(model).values()]
     try:
-        yield [op for op, _ in before]
+        yield before
     finally:
         for op, old in before:
             op.alpha.copy_(old)

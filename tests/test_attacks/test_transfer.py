@@ -16,7 +16,8 @@ from lightning_meansparse.attacks.guard import Watched
 from lightning_meansparse.attacks.transfer import Narrowing, Transfer
 from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.demo.network import ConvNet
-from lightning_meansparse.surgery import alpha_set, set_alpha
+from lightning_meansparse.surgery import alpha_set, alphas, operators, set_alpha
+from lightning_meansparse.surgery.control import alpha_scaled
 from tests.test_attacks.victims import EPS, same, trace
 
 DEMO = Path(lightning_meansparse.demo.__file__).parent
@@ -80,6 +81,15 @@ def test_everything_is_put_back_also_after_an_error(
         evaluate(net, images, labels, attacks="transfer", eps=EPS)
     handle.remove()
     assert same(trace(net), before)
+
+
+def test_an_alpha_that_operators_share_is_scaled_once(net: ConvNet) -> None:
+    one = torch.tensor(0.25)
+    for op in operators(net).values():
+        op.alpha = one
+    with alpha_scaled(net, 2.0):
+        assert set(alphas(net).values()) == {0.5}
+    assert set(alphas(net).values()) == {0.25}
 
 
 def test_a_negative_factor_is_refused(net: ConvNet, images: Tensor, labels: Tensor) -> None:
