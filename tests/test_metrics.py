@@ -19,7 +19,7 @@ from lightning_meansparse.metrics import RobustAccuracy
 
 SUITE = ["fgsm", {"attack": "apgd-ce", "options": {"steps": 4}}]
 EPS = 0.06
-N = 21  # odd: two ranks need padding
+N = 21  # odd: ranks need padding
 
 
 def make(count: int = N) -> tuple[nn.Module, Tensor, Tensor]:
@@ -192,26 +192,26 @@ def test_flags_for_torchmetrics() -> None:
     assert RobustAccuracy(eps=EPS).attacks[0].name == "apgd-ce"
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
         rank=rank,
-        world_size=2,
+        world_size=world,
         timeout=timedelta(minutes=5),
     )
     try:
         model, images, labels = make()
-        sampler = DistributedSampler(range(N), num_replicas=2, rank=rank, shuffle=False)
+        sampler = DistributedSampler(range(N), num_replicas=world, rank=rank, shuffle=False)
         metric = RobustAccuracy(SUITE, eps=EPS)
-        # A wrapped model must not talk to the other rank, which attacks another number of samples.
+        # A wrapped model must not talk to other ranks, which attack another number of samples.
         model.register_buffer("broadcast_before_each_forward", torch.zeros(1))
         wrapped = nn.parallel.DistributedDataParallel(model)
         for rows in torch.tensor(list(sampler)).split(4):
             metric.update(wrapped, images[rows], labels[rows], rows)
         lonely = RobustAccuracy(SUITE, eps=EPS)
-        if rank == 0:  # the other rank has seen nothing
+        if rank == 0:  # the others have seen nothing
             lonely.update(wrapped, images, labels, torch.arange(N))
             metric_local = len(metric.index)
         values = [{k: v.item() for k, v in m.compute().items()} for m in (metric, lonely)]
@@ -222,9 +222,13 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_two_processes_agree_with_one(tmp_path: Path, batch: Any) -> None:
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_agree_with_one(tmp_path: Path, batch: Any, world: int) -> None:
+    torch.multiprocessing.start_processes(
+        _rank, args=(world, str(tmp_path)), nprocs=world, start_method="fork"
+    )
     single = expected(evaluate(*batch, attacks=SUITE, eps=EPS))
-    for rank in range(2):
+    for rank in range(world):
         for values in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
             assert values == {k: pytest.approx(v, abs=1e-6) for k, v in single.items()}

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_meansparse import load_classifier
 from lightning_meansparse.attacks.pgd import PGD
+from lightning_meansparse.classifier import save_classifier
+from lightning_meansparse.data import ImageDataModule
+from lightning_meansparse.demo import ConvNet
 from lightning_meansparse.records import read_records
 from lightning_meansparse.tasks import AlphaSweep
 from lightning_meansparse.tasks.rounds import Round
 from lightning_meansparse.tasks.samples import Samples, loader_of
-from tests.sweeps import CHEAP, EPS, data, net, trainer
+from tests.sweeps import CHEAP, EPS, FGSM, data, net, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
@@ -70,12 +83,12 @@ class Logged(Callback):
         torch.save(found, self.folder / f"logged-{trainer.global_rank}.pt")
 
 
-def swept(folder: Path, ranks: int, n: int) -> tuple[pa.Table, list[dict[str, float]]]:
+def swept(folder: Path, world: int, n: int) -> tuple[pa.Table, list[dict[str, float]]]:
     folder.mkdir()
     options = {}
-    if ranks > 1:
+    if world > 1:
         wait = timedelta(seconds=60)
-        options = {"devices": ranks, "strategy": DDPStrategy(start_method="fork", timeout=wait)}
+        options = {"devices": world, "strategy": DDPStrategy(start_method="fork", timeout=wait)}
     attacks = [*CHEAP, {"attack": "tests.test_ranks.Alone", "name": "alone"}]
     sweep = AlphaSweep(
         net(), alphas=[0.2, 0.6], attacks=attacks, eps=EPS, output=folder / "out", where="2@in"
@@ -91,14 +104,106 @@ def swept(folder: Path, ranks: int, n: int) -> tuple[pa.Table, list[dict[str, fl
 def test_one_two_and_four_processes_give_the_same_records(tmp_path: Path, n: int) -> None:
     one, _ = swept(tmp_path / "1", 1, n)
     assert one.num_rows == n * 3 * (1 + len(CHEAP) + 1), "clean, and each attack, at each alpha"
-    for ranks in (2, 4):
-        many, logs = swept(tmp_path / str(ranks), ranks, n)
+    for world in (2, 4):
+        many, logs = swept(tmp_path / str(world), world, n)
         assert many.drop_columns(["margin"]).equals(one.drop_columns(["margin"]))
         apart = many["margin"].to_numpy() - one["margin"].to_numpy()
         assert abs(apart).max() < 1e-5, "rows of another batch"
-        assert len(logs) == ranks
-        assert logs.count(logs[0]) == ranks
-        assert not list((tmp_path / str(ranks) / "out").rglob("*.tmp"))
+        assert len(logs) == world
+        assert logs.count(logs[0]) == world
+        assert not list((tmp_path / str(world) / "out").rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------- strategies and nodes
+
+
+class Sharded(AlphaSweep):
+    """A sweep with weights that no process has whole."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.classifier, mesh=self.device_mesh["data_parallel"])
+
+
+def parallel(world: int) -> dict[str, Any]:
+    """Options of a trainer under Lightning's strategy for models in pieces."""
+    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    return {"trainer_options": {"strategy": strategy}}
+
+
+def test_under_model_parallel_strategy_the_answer_is_the_same(tmp_path: Path) -> None:
+    for world in (1, 2):
+        options = parallel(world) if world > 1 else {}
+        folder, log = tmp_path / str(world), tmp_path / "log"
+        found = ranks.run(folder, world, log=log, **options)
+        assert [each.code for each in found] == [0] * world, found
+    one, two = (read_records(tmp_path / str(world)) for world in (1, 2))
+    assert two[0].drop_columns(["margin"]).equals(one[0].drop_columns(["margin"]))
+    assert two[1]["chosen_alpha"] == one[1]["chosen_alpha"]
+
+
+def test_sharded_weights_are_refused_by_all_processes(tmp_path: Path) -> None:
+    def fault(rank: int) -> None:
+        ranks.sweep_of = lambda *, output, **_: Sharded(net(), eps=EPS, output=output)
+
+    found = ranks.run(tmp_path / "out", 2, fault, log=tmp_path / "log", **parallel(2))
+    assert [each.code for each in found] == [1, 1]
+    assert all("ModelParallelStrategy and leave configure_model as it is" in e.text for e in found)
+    assert not (tmp_path / "out").exists()
+    sweep = AlphaSweep(net(), eps=EPS)
+    with pytest.raises(ValueError, match="FSDPStrategy splits the weights"):
+        sweep.together.setup(mock.Mock(strategy=FSDPStrategy()), sweep, "test")
+
+
+def test_two_nodes_of_torchrun_give_the_records_of_one_process(tmp_path: Path) -> None:
+    """The command of docs/scale.md over the loopback, with two processes per node."""
+    classifier = load_classifier(ConvNet(width=4))
+    save_classifier(classifier, tmp_path / "classifier")
+    images = torch.randint(256, (39, 1, 28, 28), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = classifier(images / 255).argmax(1)  # or there would be nothing to attack
+    splits = {"train": (images[:30], labels[:30]), "test": (images[30:], labels[30:])}
+    module = ImageDataModule(splits)
+    module.setup()
+    module.write_parquet(tmp_path / "images")
+    sweep = [
+        *("meansparse", "sweep", "--model.model", "classifier", "--model.eps", "0.1"),
+        *("--model.alphas", "[0.3]", "--model.attacks", json.dumps([FGSM])),
+        *("--model.test_alphas", "all", "--model.check_images", "0"),
+        *("--data.dataset", "images", "--data.holdout", "0.4", "--data.batch_size", "4"),
+        *("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--model.output"),
+    ]
+    port = str(find_free_network_port())
+    several = [*("--trainer.num_nodes", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp")]
+    commands = [
+        [
+            *("torchrun", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "2"),
+            *("--master-addr", "127.0.0.1", "--master-port", port, "--no-python"),
+            *(*sweep, "four", *several),
+        ]
+        for node in range(2)
+    ]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in [*commands, [*sweep, "one"]]
+    ]
+    for each in started:
+        text, _ = each.communicate(timeout=300)
+        assert each.returncode == 0, text
+    (four, _), (one, _) = (read_records(tmp_path / name) for name in ("four", "one"))
+    assert one.num_rows == (12 + 9) * 2 * 2, "of 12 held-out and 9 test images"
+    assert four.drop_columns(["margin"]).equals(one.drop_columns(["margin"]))
+    assert not (tmp_path / "four" / "parts").exists()
+
+
+# ------------------------------------------------------------------------------------- dealing
 
 
 @given(

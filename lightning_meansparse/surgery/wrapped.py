@@ -22,7 +22,7 @@ def speechless(model: nn.Module) -> Iterator[nn.Module]:
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    sharded = _sharded(model)
+    sharded = sharded_modules(model)
     kept = [(group, group.post_forward_mesh_info) for each in sharded for group in _groups(each)]
     try:
         for module in sharded:
@@ -36,7 +36,8 @@ def speechless(model: nn.Module) -> Iterator[nn.Module]:
             module.reshard()
 
 
-def _sharded(model: nn.Module) -> list[Any]:
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules whose weights `fully_shard` has split among processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return []  # torch.distributed.fsdp takes a second to import
     from torch.distributed.fsdp import FSDPModule

@@ -69,7 +69,9 @@ class Measurement:
             _log.info("%s: everything is in the records, nothing is measured again", split)
 
     def look(self, images: Tensor, labels: Tensor) -> None:
-        """Find out the clean margins of the base model on this process's next batch."""
+        """Find out the clean margins of the base model on this process's next batch, if needed."""
+        if not self.fresh:
+            return
         with alpha_set(self.sweep.classifier, 0.0):
             self._margins.append(self._evaluated(images, labels, attacks=()).margin)
 

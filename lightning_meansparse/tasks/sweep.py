@@ -238,6 +238,9 @@ class AlphaSweep(LightningModule):
         """What the trainer calls at the end of a run, also at one that no hook here hears of."""
         return [] if self.together in self.trainer.callbacks else [self.together]  # type: ignore[attr-defined]
 
+    def configure_model(self) -> None:
+        """Leave the model whole; `ModelParallelStrategy` does not run without being told."""
+
     def setup(self, stage: str) -> None:
         """Show a progress bar that knows alphas and attacks, not only batches."""
         self.together.ending.callback(self.progress.give_back)
@@ -268,7 +271,8 @@ class AlphaSweep(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Look at one batch: clean margins, and what the operators would replace."""
-        images = self._look(batch)
+        images, labels = images_and_labels(batch)
+        self._measurement.look(images, labels)
         if self._occupancy is not None:
             self._occupancy.update(self.classifier, images)
 
@@ -308,7 +312,7 @@ class AlphaSweep(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Look at one batch: clean margins."""
-        self._look(batch)
+        self._measurement.look(*images_and_labels(batch))
 
     def on_test_epoch_end(self) -> None:
         """Attack at the alphas that are reported, check the evaluation, log, and write."""
@@ -351,12 +355,6 @@ class AlphaSweep(LightningModule):
                 write_adapter(self, journal.folder)
         journal.about = self.metadata()
         return samples, journal
-
-    def _look(self, batch: Any) -> Tensor:
-        images, labels = images_and_labels(batch)
-        if self._measurement.fresh:
-            self._measurement.look(images, labels)
-        return images
 
     def _finish(self, split: str, loader: Any) -> pa.Table:
         """Carry out the rounds, and log what all of them say."""

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_meansparse.meeting import Meeting
+from lightning_meansparse.surgery.wrapped import sharded_modules
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.sweep import AlphaSweep
@@ -26,6 +28,12 @@ _EMPTY = {
     "test": "there are no test images to report: give the trainer a test loader that is not empty, "
     "and a limit_test_batches above 0",
 }
+
+_WHOLE = (
+    "AlphaSweep needs the whole model in every process, for each attacks at its own pace, and "
+    "{cut} the weights among them. Give the trainer strategy='ddp', or ModelParallelStrategy and "
+    "leave configure_model as it is."
+)
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM, as shells have it."""
@@ -76,18 +84,26 @@ class Together(Callback):
         self.meet()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the meeting."""
+        """Open the meeting.
+
+        Raises:
+            ValueError: If the strategy splits the weights.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(_WHOLE.format(cut=f"{type(trainer.strategy).__name__} splits"))
         self._meeting, self._begun = Meeting(), False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop at SIGTERM."""
-        self._begun = True
-        _stop_at_sigterm()
+        """Stop at SIGTERM.
+
+        Raises:
+            ValueError: If weights are split.
+        """
+        self._begin()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop at SIGTERM."""
-        self._begun = True
-        _stop_at_sigterm()
+        """Do the same."""
+        self._begin()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -118,6 +134,12 @@ class Together(Callback):
             self._meeting.close()
         self._meeting = self.kept_in = None
         self.ending.close()
+
+    def _begin(self) -> None:
+        if sharded_modules(self.sweep):
+            raise ValueError(_WHOLE.format(cut="fully_shard has split"))
+        self._begun = True
+        _stop_at_sigterm()
 
 
 def _stop_at_sigterm() -> None:
