@@ -136,15 +136,16 @@ def _run(x: Tensor, statistics: Iterable[Tensor]) -> int:
     return run
 
 
-def replace(x: Tensor, band: Band) -> Tensor:
+def replace(x: Tensor, band: Band, *, overwritten: bool = False) -> Tensor:
     """``where(|x − mean| < threshold, mean, x)`` in the dtype and memory layout of ``x``.
 
     The exact derivative flows back through it: 1 where a value was kept, 0 inside the band.
+    ``overwritten`` says that what comes next may overwrite the result.
     """
     if band.wants_grad:
         return _as_laid_out(_formula(x, band.mean, band.threshold), x)
     if band.eager and x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _Replace.apply(x, band)
+        result: Tensor = _Replace.apply(x, band, overwritten)
         return result
     return forward(x, band)
 
@@ -177,6 +178,10 @@ def _formula(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
     return torch.where((x - mean).abs() < threshold, mean.to(x.dtype), x)
 
 
+def _inside(x: Tensor, band: Band) -> Tensor:
+    return (x - band.mean).abs() < band.threshold
+
+
 def _slope(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
     return torch.where((y - mean).abs() < threshold, 0, grad)
 
@@ -186,7 +191,8 @@ def _in_integers(x: Tensor, band: Band) -> Tensor:
     rows = known.cut(x)
     if not rows:
         y = _steps(known.rows(x), known).view(x.dtype)
-        y = y.view(x.shape) if known.flat else y
+        # As a view it could not be overwritten by what comes next.
+        y = y.view(x.shape).detach() if known.flat else y
         return y if y.stride() == x.stride() else _as_laid_out(y, x)
     y = _empty_like(x)
     spare = bits(known.rows(_empty_like(x[:rows])))
@@ -225,26 +231,28 @@ def _steps(
 
 
 class _Replace(torch.autograd.Function):
-    """`replace`, which saves its result."""
+    """`replace`, which saves its result, or one byte a value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, band: Band) -> Tensor:
+    def forward(ctx: Any, x: Tensor, band: Band, overwritten: bool) -> Tensor:
         y = forward(x, band)
-        ctx.save_for_backward(y)
+        ctx.save_for_backward(_inside(x, band) if overwritten else y)
         ctx.band = band
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         try:
-            (y,) = ctx.saved_tensors
+            (saved,) = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(
                 "the result of an operator was overwritten before the backward pass, which finds "
                 "the band in it. Let what comes after the operator work out of place "
                 f"(inplace=False, x = x + y instead of x += y). ({error})"
             ) from error
-        return _backward(grad, y.detach(), ctx.band), None
+        if saved.dtype == torch.bool:
+            return grad.masked_fill(saved, 0), None, None
+        return _backward(grad, saved.detach(), ctx.band), None, None
 
 
 class _ReplaceInPlace(torch.autograd.Function):
@@ -257,7 +265,7 @@ class _ReplaceInPlace(torch.autograd.Function):
         # Not through save_for_backward, which rightly refuses what is overwritten.
         ctx.left = x.detach() if clamped else None
         if not clamped:
-            ctx.save_for_backward((x - band.mean).abs() < band.threshold)
+            ctx.save_for_backward(_inside(x, band))
         if _is_cpu(x):
             _in_integers_(x, band)
         else:

@@ -163,18 +163,27 @@ class MeanSparse(nn.Module):
         """What values inside the band become, in the shape of ``mean``; see ``center``."""
         return _reference(self.mean, self.center)
 
-    def forward(self, x: Tensor, *, inplace: bool = False, clamped: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        inplace: bool = False,
+        clamped: bool = False,
+        overwritten: bool = False,
+    ) -> Tensor:
         """Apply the operator to ``x`` of any shape that ``mean`` broadcasts to.
 
         ``inplace`` writes the result into ``x`` and returns that: for activations that overwrite
         their input, which the network may use again under another name. ``clamped`` says that the
         activation is a ReLU or a ReLU6; the backward pass can then do with what that leaves.
+        ``overwritten`` is for results out of place that whoever comes next may overwrite, as
+        ``x += y`` does: the backward pass then keeps one byte per value.
         """
         band = self._band(x)
         if self.backward == "exact":
             if inplace:
                 return kernels.replace_(x, band, clamped=clamped)
-            return kernels.replace(x, band)
+            return kernels.replace(x, band, overwritten=overwritten)
         # The backward pass of a surrogate looks at its input again, which is about to change.
         y = _replaced(x.clone() if inplace else x, band, self.backward, self.temperature)
         return x.copy_(y) if inplace else y

@@ -117,7 +117,7 @@ def _sum(name: str, walk: Walk, add: Any, left: Any, right: Any, /) -> Any:
     """`left + right`, the result through the operator."""
     operate = _operator(walk, name, "out") if is_whole_sum(left, right) else None
     total = add(left, right)
-    return total if operate is None else operate(total)
+    return total if operate is None else operate(total, overwritten=True)
 
 
 def _sum_in_place(name: str, walk: Walk, add: Any, left: Any, right: Any, /) -> Any:

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_meansparse.layer import Center, MeanSparse, check_alpha, check_center
 from lightning_meansparse.rewrite import (
@@ -149,10 +149,10 @@ def _on_input(module: nn.Module, args: tuple[Any, ...], *, child: str) -> tuple[
 def _on_output(
     module: nn.Module, args: tuple[Any, ...], output: Any, *, child: str, index: int | None
 ) -> Any:
-    operator: Callable[[Tensor], Tensor] = module._modules[child]  # type: ignore[assignment]
+    operator: Any = module._modules[child]
     if index is None:
-        return operator(output)
-    changed = (*output[:index], operator(output[index]), *output[index + 1 :])
+        return operator(output, overwritten=True)
+    changed = (*output[:index], operator(output[index], overwritten=True), *output[index + 1 :])
     return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
 
 

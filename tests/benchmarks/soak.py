@@ -16,14 +16,14 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import nn
 
 from lightning_meansparse import AlphaSweep, ImageDataModule
+from lightning_meansparse.tasks.progress import SweepProgress
 
 TOLERANCE = 0.02
 WARM_UP = 0.1
@@ -35,20 +35,22 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE / 2**20
 
 
-class Memory(Callback):
+class Memory(SweepProgress):
     """Reads the memory after every so many batches."""
 
     def __init__(self, every: int) -> None:
+        super().__init__()
         self.every = every
+        self.batches = 0
         self.seen: list[tuple[int, float]] = []
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
+    def passed(self, images: int) -> None:
         """After a batch of the sweep."""
-        if (batch_idx + 1) % self.every == 0:
+        super().passed(images)
+        self.batches += 1
+        if self.batches % self.every == 0:
             gc.collect()  # what is garbage is no leak
-            self.seen.append((batch_idx + 1, resident()))
+            self.seen.append((self.batches, resident()))
 
 
 def soak(folder: Path, batches: int, every: int) -> list[tuple[int, float]]:
@@ -75,7 +77,7 @@ def soak(folder: Path, batches: int, every: int) -> list[tuple[int, float]]:
         {"attack": "adaptive-ce", "options": {"steps": 3}},
     ]
     sweep = AlphaSweep(network, alphas=[0.3], attacks=attacks, eps=0.02, output=folder)
-    memory = Memory(every)
+    sweep.progress = memory = Memory(every)
     Trainer(
         accelerator="cpu",
         devices=1,
@@ -83,7 +85,6 @@ def soak(folder: Path, batches: int, every: int) -> list[tuple[int, float]]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[memory],
     ).validate(sweep, data, verbose=False)
     assert sweep.records.num_rows >= 2 * batches * size
     return memory.seen
