@@ -248,7 +248,8 @@ class _Replace(torch.autograd.Function):
             raise RuntimeError(
                 "the result of an operator was overwritten before the backward pass, which finds "
                 "the band in it. Let what comes after the operator work out of place "
-                f"(inplace=False, x = x + y instead of x += y). ({error})"
+                "(inplace=False, x = x + y instead of x += y), or call the operator with "
+                f"overwritten=True. ({error})"
             ) from error
         if saved.dtype == torch.bool:
             return grad.masked_fill(saved, 0), None, None

@@ -157,6 +157,41 @@ def test_one_pass_serves_every_placement(net: Net) -> None:
         assert torch.equal(op.var, alone[name].var)
 
 
+class Overwriting(nn.Module):
+    """What comes after ``norm`` overwrites its output."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.norm(x), x)
+
+
+@pytest.mark.parametrize("size", [2, 8])  # small maps are worked on as matrices
+@pytest.mark.parametrize(
+    "how",
+    [lambda y, x: y.relu_(), lambda y, x: y.add_(x), lambda y, x: y.mul_(x)],
+    ids=["relu", "add", "mul"],
+)
+def test_what_an_operator_put_out_may_be_overwritten(
+    how: Callable[[Tensor, Tensor], Tensor], size: int
+) -> None:
+    net, x = Overwriting(how).eval(), torch.randn(4, 3, size, size)
+    sparsify_(net, [Site("norm", "out", (3, 1, 1))], alpha=0.5)
+    calibrate_(net, [x])
+    (op,) = operators(net).values()
+    width, leaf, twin = op.alpha * op.var.sqrt(), x.clone(), x.clone()
+    net(leaf.requires_grad_()).square().sum().backward()
+    restore_(net)
+    y = net.norm(twin.requires_grad_())
+    y = torch.where((y - op.mean).abs() < width, op.mean, y)
+    how(y, twin).square().sum().backward()
+    assert leaf.grad.any()
+    assert torch.equal(leaf.grad, twin.grad)
+
+
 def test_a_second_calibration_overwrites_and_a_failed_one_changes_nothing(calibrated: Net) -> None:
     first = {name: op.mean.clone() for name, op in operators(calibrated).items()}
     other = IMAGES * 0.3
