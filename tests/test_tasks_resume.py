@@ -152,6 +152,8 @@ def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch,
     else:
         interrupted(tmp_path / "other", monkeypatch, batches=2, seed=5)
         shutil.copy(tmp_path / "other" / "parts" / first.name, first)
+    interrupted(tmp_path / "sweep", monkeypatch, batches=0)
+    assert not first.exists()
     run(tmp_path / "sweep")
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len([line for line in warned if line.startswith("measuring a batch again")]) == 1

@@ -149,7 +149,8 @@ class Journal:
     def measured(self, split: str, round: Round) -> pa.Table:
         """Return the rows of a round of which batches were kept, by however many processes.
 
-        Warns of a damaged file. Examples that belong to no part go away.
+        A damaged file goes away with a warning, lest it is one day read beside what replaces it;
+        so do examples that belong to no part.
         """
         found = [SCHEMA.empty_table()]
         if self.folder is None:
@@ -158,13 +159,13 @@ class Journal:
         for path in sorted((self.folder / _PARTS).glob(f"{pattern}.parquet")):
             try:
                 rows, metadata = read_records(path)
+                ours = self._mark(path).items() <= metadata.items()
+                if not ours or _alphas(rows) != round.alphas:
+                    raise ValueError(f"{path} belongs to another sweep")
+                found.append(rows)
             except (ValueError, OSError) as error:
                 _log.warning("measuring a batch again: %s", error)
-                continue
-            if self._mark(path).items() <= metadata.items() and _alphas(rows) == round.alphas:
-                found.append(rows)
-            else:
-                _log.warning("measuring a batch again: %s belongs to another sweep", path)
+                path.unlink()
         for path in (self.folder / _EXAMPLES).glob(f"{pattern}.safetensors"):
             if not (self.folder / _PARTS / f"{path.stem}.parquet").exists():
                 path.unlink()
