@@ -100,15 +100,23 @@ def swept(folder: Path, world: int, n: int) -> tuple[pa.Table, list[dict[str, fl
     return read_records(folder / "out" / "records.parquet")[0], logs
 
 
+def seen(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    content = json.loads((folder / "out" / "sites.json").read_text())
+    return content["images"], content["sites"]
+
+
 @pytest.mark.parametrize("n", [21, 3])
 def test_one_two_and_four_processes_give_the_same_records(tmp_path: Path, n: int) -> None:
     one, _ = swept(tmp_path / "1", 1, n)
+    sites = seen(tmp_path / "1")
+    assert sites[0] == n
     assert one.num_rows == n * 3 * (1 + len(CHEAP) + 1), "clean, and each attack, at each alpha"
     for world in (2, 4):
         many, logs = swept(tmp_path / str(world), world, n)
         assert many.drop_columns(["margin"]).equals(one.drop_columns(["margin"]))
         apart = many["margin"].to_numpy() - one["margin"].to_numpy()
         assert abs(apart).max() < 1e-5, "rows of another batch"
+        assert seen(tmp_path / str(world)) == sites, "shares replaced, without the padding"
         assert len(logs) == world
         assert logs.count(logs[0]) == world
         assert not list((tmp_path / str(world) / "out").rglob("*.tmp"))

@@ -37,7 +37,7 @@ def test_a_terminal_sees_what_is_done_and_for_how_long(trained):
     sweep.progress.console = screen
     trainer(enable_progress_bar=True).validate(sweep, data(), verbose=False)
     text = screen.file.getvalue()
-    assert "held-out" in text
+    assert "held-out · clean images" in text
     assert "8/16 images · α = 1 · adaptive" in text
 
 

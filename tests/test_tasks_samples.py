@@ -84,7 +84,7 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
         for rank in range(ranks)
     ]
     round = Round("race-1", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
-    met, margins = set(), torch.rand(n)
+    met, first, margins = set(), [], torch.rand(n)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "gathered", lambda mine, device: [torch.cat(hand) for hand in hands])
         for rank, hand in enumerate(hands):
@@ -92,8 +92,11 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
             samples = dealt(hand, torch.device("cpu"))
             assert samples.order.tolist() == list(range(n))
             assert len(samples) == n
+            own = zip(samples.batches, samples.new, strict=True)
+            first += [number for batch, new in own for number in batch[new].tolist()]
             met |= {number for batch in samples.hand(round, margins) for number in batch.tolist()}
     assert met == set(range(n)[round.start : round.stop])
+    assert sorted(first) == list(range(n)), "each sample new to one rank"
 
 
 def test_the_one_loader_of_a_trainer():

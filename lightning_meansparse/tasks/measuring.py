@@ -61,7 +61,7 @@ class Measurement:
         self.journal = journal
         self.rounds: list[Round] = []
         self.table = SCHEMA.empty_table()
-        self._margins = [torch.zeros(0)]
+        self._margins: list[Tensor] = []  # one per batch of this process
         self._at_once = 256  # images per forward pass; fewer once the memory has run out
         self._next = self._first_unknown()
         self.fresh = self._next is not None
@@ -74,6 +74,8 @@ class Measurement:
             return
         with alpha_set(self.sweep.classifier, 0.0):
             self._margins.append(self._evaluated(images, labels, attacks=()).margin)
+        done, total = len(self._margins), len(self.samples.batches)
+        self.sweep.progress.looked(self.split, done, total)
 
     def complete(self, loader: DataLoader[Any]) -> pa.Table:
         """Carry out all rounds that are left, after a look at every batch.
@@ -86,7 +88,8 @@ class Measurement:
         """
         if self._next is not None:
             self.sweep.together.meet()
-            margins = self.samples.in_order(torch.cat(self._margins), self.sweep.device)
+            clean = torch.cat([torch.zeros(0), *self._margins])
+            margins = self.samples.in_order(clean, self.sweep.device)
         while self._next is not None:
             self._add(self._measured(self._next, margins, loader))
             self._next = self._first_unknown()

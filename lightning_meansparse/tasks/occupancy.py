@@ -49,7 +49,7 @@ class Occupancy:
 
     def update(self, model: nn.Module, images: Tensor) -> None:
         """Run one batch at every alpha, each with all sites at work, and count; until `ENOUGH`."""
-        if self.images >= ENOUGH:
+        if self.images >= ENOUGH or len(images) == 0:
             return
         self.images += len(images)
         for place, alpha in enumerate(self.alphas):

@@ -67,9 +67,16 @@ class SweepProgress:
         self._draw(title, len(batches) if isinstance(batches, Sized) else None)
         for number, batch in enumerate(batches):
             yield batch
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, completed=number + 1, left="", now="")
+            self._show(number + 1, left="", now="")
         self.end()
+
+    def looked(self, split: str, batches: int, total: int) -> None:
+        """Say that so many batches of a split have been looked at, of so many."""
+        if batches == 1:
+            self._draw(f"{split} · clean images", total)
+        self._show(batches, left="", now="")
+        if batches == total:
+            self.end()
 
     def begin(self, split: str, round: Round, samples: int, before: int, evaluations: int) -> None:
         """Start with one round.
@@ -108,9 +115,8 @@ class SweepProgress:
             f"{self._passed:,}/{self._samples:,} images · {self._where} · {text} · "
             f"{_many(self._evaluations)} evaluations"
         )
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, left=left, now=text)
-        elif self._shown and now - self._told >= _EVERY:
+        self._show(share, left=left, now=text)
+        if self._bar is None and self._shown and now - self._told >= _EVERY:
             self._told = now
             _log.info("%s: %.0f %%, about %s left (%s)", self._title, 100 * share, left, text)
 
@@ -134,6 +140,10 @@ class SweepProgress:
         if self._hidden is not None:
             self._hidden.enable()
         self._hidden = None
+
+    def _show(self, completed: float, *, left: str, now: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=completed, left=left, now=now)
 
     def _draw(self, title: str, total: float | None) -> None:
         self.end()

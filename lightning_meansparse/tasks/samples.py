@@ -45,12 +45,15 @@ class Samples:
             the same set for any number of ranks.
         rank: Number of this process.
         ranks: How many there are.
+        new: Per batch of this rank, which of its samples no rank was given before, `(batch size,)`
+            bool: the padding of a distributed sampler repeats some.
     """
 
     batches: Sequence[Tensor]
     order: Tensor
     rank: int = 0
     ranks: int = 1
+    new: Sequence[Tensor] = ()
 
     def __len__(self) -> int:
         """Return the number of samples over all ranks."""
@@ -108,11 +111,17 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
     """
     mine = torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
     hands = gathered(mine, device)
-    turns = range(max(map(len, hands)))
-    numbers = [int(hand[turn]) for turn in turns for hand in hands if turn < len(hand)]
-    # A dict keeps the first of equals: the sampler's padding repeats samples.
-    order = torch.tensor(list(dict.fromkeys(numbers)), dtype=torch.int64)
-    return Samples(batches, order, *rank_and_ranks())
+    rank, ranks = rank_and_ranks()
+    first: dict[int, tuple[int, int]] = {}
+    for turn in range(max(map(len, hands))):
+        for holder, hand in enumerate(hands):
+            if turn < len(hand):
+                first.setdefault(int(hand[turn]), (turn, holder))
+    order = torch.tensor(list(first), dtype=torch.int64)
+    new = [first[number] == (turn, rank) for turn, number in enumerate(mine.tolist())]
+    sizes = [len(batch) for batch in batches]
+    by_batch = torch.split(torch.tensor(new, dtype=torch.bool), sizes)
+    return Samples(batches, order, rank, ranks, by_batch)
 
 
 def batch_indices(loader: Any) -> list[Tensor]:

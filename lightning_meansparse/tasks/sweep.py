@@ -274,7 +274,8 @@ class AlphaSweep(LightningModule):
         images, labels = images_and_labels(batch)
         self._measurement.look(images, labels)
         if self._occupancy is not None:
-            self._occupancy.update(self.classifier, images)
+            new = self._measurement.samples.new[batch_idx].to(images.device)
+            self._occupancy.update(self.classifier, images[new])
 
     def on_validation_epoch_end(self) -> None:
         """Measure round after round, choose alpha, log, and write."""
