@@ -178,10 +178,6 @@ def _formula(x: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
     return torch.where((x - mean).abs() < threshold, mean.to(x.dtype), x)
 
 
-def _inside(x: Tensor, band: Band) -> Tensor:
-    return (x - band.mean).abs() < band.threshold
-
-
 def _slope(grad: Tensor, y: Tensor, mean: Tensor, threshold: Tensor) -> Tensor:
     return torch.where((y - mean).abs() < threshold, 0, grad)
 
@@ -236,7 +232,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, band: Band, overwritten: bool) -> Tensor:
         y = forward(x, band)
-        ctx.save_for_backward(_inside(x, band) if overwritten else y)
+        ctx.save_for_backward(_kept(y, band) if overwritten else y)
         ctx.band = band
         return y
 
@@ -252,7 +248,7 @@ class _Replace(torch.autograd.Function):
                 f"overwritten=True. ({error})"
             ) from error
         if saved.dtype == torch.bool:
-            return grad.masked_fill(saved, 0), None, None
+            return _where(saved, grad), None, None
         return _backward(grad, saved.detach(), ctx.band), None, None
 
 
@@ -265,12 +261,12 @@ class _ReplaceInPlace(torch.autograd.Function):
         ctx.band = band
         # Not through save_for_backward, which rightly refuses what is overwritten.
         ctx.left = x.detach() if clamped else None
-        if not clamped:
-            ctx.save_for_backward(_inside(x, band))
         if _is_cpu(x):
             _in_integers_(x, band)
         else:
             x.copy_(forward(x, band))
+        if not clamped:
+            ctx.save_for_backward(_kept(x.detach(), band))
         # This call counts as one more change of x, and the activation's is the last one.
         ctx.version = x._version + 2
         return x
@@ -278,8 +274,8 @@ class _ReplaceInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.left is None:
-            (inside,) = ctx.saved_tensors
-            return grad.masked_fill(inside, 0), None, None
+            (kept,) = ctx.saved_tensors
+            return _where(kept, grad), None, None
         if ctx.left._version > ctx.version:
             raise RuntimeError(
                 "the result of an activation that works in place was overwritten before the "
@@ -298,6 +294,21 @@ def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
     for part, flow, target in known.parts(y, grad, result):
         torch.ne(bits(part), known.replaced, out=bits(target)).mul_(bits(flow))
     return result
+
+
+def _kept(y: Tensor, band: Band) -> Tensor:
+    """Which values of a result were kept, one byte each."""
+    if not _is_cpu(y):
+        return ~((y - band.mean).abs() < band.threshold)
+    known = band.in_bits(y)
+    return torch.ne(bits(known.rows(y)), known.replaced).view(y.shape)
+
+
+def _where(kept: Tensor, grad: Tensor) -> Tensor:
+    """The gradient where values were kept, 0 elsewhere; differentiable in ``grad``."""
+    if (torch.is_grad_enabled() and grad.requires_grad) or not is_eager(grad) or grad.is_cuda:
+        return torch.where(kept, grad, 0)
+    return torch.mul(bits(grad), kept.view(torch.int8)).view(grad.dtype)
 
 
 def _is_cpu(x: Tensor) -> bool:
