@@ -166,6 +166,8 @@ class Job:
             if launcher == "lightning":
                 os.execv(sys.executable, program)
             os._exit(_agent(words))
+        while os.getsid(self._pid) != self._pid:  # until then nobody would find its processes
+            time.sleep(0.001)
         self.code: int | None = None
 
     def pids(self, rank: int | None = None) -> list[int]:
