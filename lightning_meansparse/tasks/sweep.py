@@ -81,9 +81,9 @@ class AlphaSweep(LightningModule):
     same images) and `gain/worst_se/alpha_0.2`; those of other rounds than `main` with the name of
     the round before them, `race-1/…`; then `chosen_alpha`.
 
-    With `output` the sweep can be killed at any moment: the same one, started again, loses at most
-    the batch in progress and ends with the same records. One that differs is refused. On several
-    devices each image counts once; all of them must see the same folder.
+    With `output` the sweep can be killed at any moment: the same one, started again on as many
+    devices as there are then, loses at most the batches in progress and ends with the same records.
+    One that differs is refused. Each image counts once; all devices must see the same folder.
 
     Args:
         model: A classifier of pixels in [0, 1], or whatever `load_classifier` takes. One that is
