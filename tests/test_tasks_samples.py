@@ -14,7 +14,13 @@ from torch.utils.data import (
 )
 
 from lightning_meansparse.tasks import samples as room
-from lightning_meansparse.tasks.samples import batch_indices, dealt, first_samples, only_loader
+from lightning_meansparse.tasks.samples import (
+    batch_indices,
+    dealt,
+    first_samples,
+    loader_of,
+    only_loader,
+)
 from lightning_meansparse.tasks.selection import Round
 
 
@@ -97,6 +103,15 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
             met |= {number for batch in samples.hand(round, margins) for number in batch.tolist()}
     assert met == set(range(n)[round.start : round.stop])
     assert sorted(first) == list(range(n)), "each sample new to one rank"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"multiprocessing_context": "fork"}, {"timeout": 60}])
+@pytest.mark.parametrize("batches", [[], [torch.tensor([6, 2]), torch.tensor([3])]])
+def test_any_samples_can_be_had_of_a_loader_with_workers_also_none(options, batches):
+    loader = DataLoader(TensorDataset(torch.arange(9)), batch_size=4, num_workers=1, **options)
+    given = [images.tolist() for (images,) in loader_of(loader, batches)]
+    assert given == [batch.tolist() for batch in batches]
 
 
 def test_the_one_loader_of_a_trainer():

@@ -174,15 +174,16 @@ def loader_of(loader: DataLoader[Any], batches: Sequence[Tensor]) -> DataLoader[
     if numbers is not None:
         place = {number: position for position, number in enumerate(numbers.tolist())}
         positions = [[place[number] for number in batch] for batch in positions]
+    workers = loader.num_workers if positions else 0
     return PatientLoader(
         loader.dataset,
         batch_sampler=positions,
-        num_workers=loader.num_workers if positions else 0,
+        num_workers=workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        timeout=loader.timeout if loader.num_workers and positions else 0,
+        timeout=loader.timeout if workers else 0,
         worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
+        multiprocessing_context=loader.multiprocessing_context if workers else None,
     )
 
 
