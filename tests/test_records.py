@@ -338,6 +338,19 @@ class TestTable:
         with pytest.raises(ValueError, match="not a readable Parquet file"):
             read_records(path)
 
+    def test_a_bit_that_flips_in_the_description_is_told_as_damage(self, tmp_path: Path) -> None:
+        path = write_records(table({0.0: np.array([4])}), tmp_path / "records.parquet", {})
+        whole = path.read_bytes()
+        places = range(whole.index(b"ARROW:schema"), len(whole), 3)
+        damaged = 0
+        for place in places:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            try:
+                read_records(path)
+            except ValueError:
+                damaged += 1
+        assert damaged > len(places) / 4
+
     def test_a_folder_is_read_as_its_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="meansparse sweep"):
             read_records(tmp_path)

@@ -141,7 +141,7 @@ def _read_file(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         )
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"'{path}' is not a readable Parquet file ({error}); it is damaged or something else. "
             "Run the sweep again."
