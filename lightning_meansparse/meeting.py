@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 _FAILED, _HEARD = "failed", "heard"
 _FOREVER = timedelta(days=365)
+_START = timedelta(minutes=10)  # for a process that is still reading its data
 _LISTEN_EVERY = 1.0  # seconds; what others hear a second later they hear soon enough
 _SPEAK_FOR = 3.0  # seconds; the process that told may take the store with it when it ends
 
@@ -29,6 +30,9 @@ class Meeting:
     Every process makes its own at the same point of the program. A dead process is noticed by
     those who wait, a failed one that has told so by all.
 
+    Raises:
+        PeerError: If a process does not get here.
+
     Examples:
         >>> with Meeting().telling() as meeting:
         ...     meeting.listen()  # now and then, during work that has no end in sight
@@ -41,8 +45,14 @@ class Meeting:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # A group of its own: Gloo sees at once that a peer has died, whatever the backend of
             # the job, and may wait for as long as a slow one needs.
-            group = dist.new_group(backend="gloo", timeout=_FOREVER)
+            try:
+                group = dist.new_group(backend="gloo", timeout=_START)
+            except RuntimeError as error:
+                raise PeerError(
+                    f"another process has ended, or has not begun within {_START.seconds:,} s"
+                ) from error
             assert isinstance(group, dist.ProcessGroup)  # with every process in it
+            _set_timeout(_FOREVER, group)
             self._group, self._store = group, group.get_group_store()
 
     def meet(self) -> None:
@@ -124,3 +134,8 @@ class Meeting:
         except RuntimeError as error:
             raise PeerError("the first process has ended without a word") from error
         raise PeerError(told)
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    public = getattr(dist, "set_timeout", None)  # new in torch 2.15
+    (public or dist.distributed_c10d._set_pg_timeout)(timeout, group)

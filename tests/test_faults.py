@@ -27,12 +27,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from sweeps import CHEAP, FGSM, data, sweep_of, trained_network, trainer, two_signals
 from torch import Tensor, nn
 
+from lightning_meansparse import meeting
 from lightning_meansparse.attacks import BaseExamples, evaluate
 from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.records import read_records
 from lightning_meansparse.sites import find_sites
 from lightning_meansparse.surgery import alpha_set, calibrate_, operators, restore_, sparsify_
-from lightning_meansparse.tasks import files, journal
+from lightning_meansparse.tasks import files, journal, together
 
 # ---------------------------------------------------------------------------------------- memory
 
@@ -176,6 +177,17 @@ def test_what_ends_one_process_ends_all(
     assert len(list((folder / "parts").glob("*.parquet"))) >= 1
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
     assert ranks.contents(folder) == whole
+
+
+def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    def late(rank: int) -> None:
+        meeting._START = timedelta(seconds=3)
+        if rank == 1:
+            together.Meeting = partial(here, signal.SIGKILL)
+
+    zero, one = ranks.run(tmp_path / "sweep", fault=late, log=tmp_path / "log")
+    assert (zero.code, one.code) == (1, -9)
+    assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
 
 
 def deadly(moment: int, rank: int) -> None:

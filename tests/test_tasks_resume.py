@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from sweeps import FGSM, data, sweep_of, trained_network, trainer
 
-from lightning_meansparse.records import HELD_OUT, read_records
+from lightning_meansparse.records import HELD_OUT, read_records, write_records
 from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks.journal import clear
 from lightning_meansparse.tasks.measuring import Measurement
@@ -141,11 +141,17 @@ def interrupted(folder, monkeypatch, *, batches, run=run, **options):
             run(folder, **options)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "of another sweep", "under another name"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "of another sweep", "under another name", "of samples twice"]
+)
 def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch, caplog, damage):
     interrupted(tmp_path / "sweep", monkeypatch, batches=2)
     first, second = sorted((tmp_path / "sweep" / "parts").iterdir())
-    if damage == "cut short":
+    if damage == "of samples twice":
+        rows, metadata = read_records(second)
+        second, first = first, first.with_name(first.name.replace(first.stem[-8:], "9" * 8))
+        write_records(rows, first, {**metadata, "part": first.name})
+    elif damage == "cut short":
         first.write_bytes(first.read_bytes()[:100])
     elif damage == "under another name":
         shutil.copy(second, first)

@@ -59,7 +59,7 @@ def write_records(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def _read_file(path: Path) -> tuple[pa.Table, dict[str, Any]]:
             f"There is none at '{path}'; run `meansparse sweep` first or name another folder."
         )
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"'{path}' is not a readable Parquet file ({error}); it is damaged or something else. "

@@ -152,7 +152,7 @@ class Journal:
         A damaged file goes away with a warning, lest it is one day read beside what replaces it;
         so do examples that belong to no part.
         """
-        found = [SCHEMA.empty_table()]
+        found, held = [SCHEMA.empty_table()], set[int]()
         if self.folder is None:
             return found[0]
         pattern = self._name(split, round, None)
@@ -160,12 +160,14 @@ class Journal:
             try:
                 rows, metadata = read_records(path)
                 ours = self._mark(path).items() <= metadata.items()
-                if not ours or _alphas(rows) != round.alphas:
+                samples = set(rows["index"].to_pylist())
+                if not ours or _alphas(rows) != round.alphas or held & samples:
                     raise ValueError(f"{path} belongs to another sweep")
+                held |= samples
                 found.append(rows)
             except (ValueError, OSError) as error:
                 _log.warning("measuring a batch again: %s", error)
-                path.unlink()
+                path.unlink(missing_ok=True)
         for path in (self.folder / _EXAMPLES).glob(f"{pattern}.safetensors"):
             if not (self.folder / _PARTS / f"{path.stem}.parquet").exists():
                 path.unlink()
