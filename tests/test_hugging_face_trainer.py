@@ -199,6 +199,7 @@ def test_a_failed_calibration_leaves_the_trained_base(tmp_path):
 
 
 RANK = """
+import os
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
@@ -210,6 +211,8 @@ assert trainer.args.world_size == 2
 if trainer.is_world_process_zero():
     trainer.model.save_pretrained(sys.argv[2] + "/whole")
 torch.distributed.destroy_process_group()
+sys.stderr.flush()
+os._exit(0)  # threads of PyTorch's own now and then abort the end of a program
 """
 
 
