@@ -286,7 +286,7 @@ class _ReplaceInPlace(torch.autograd.Function):
 
 def _backward(grad: Tensor, y: Tensor, band: Band) -> Tensor:
     """The gradient where ``y`` was kept, 0 elsewhere; differentiable in ``grad``."""
-    if (torch.is_grad_enabled() and grad.requires_grad) or not is_eager(grad) or not is_eager(y):
+    if not _is_final(grad) or not is_eager(y):
         return _slope(grad, y, band.mean, band.threshold)
     if not _is_cpu(y):
         return _fused(_slope)(grad, y, band.mean, band.threshold)
@@ -306,9 +306,14 @@ def _kept(y: Tensor, band: Band) -> Tensor:
 
 def _where(kept: Tensor, grad: Tensor) -> Tensor:
     """The gradient where values were kept, 0 elsewhere; differentiable in ``grad``."""
-    if (torch.is_grad_enabled() and grad.requires_grad) or not is_eager(grad) or grad.is_cuda:
+    if not _is_final(grad) or not _is_cpu(grad):
         return torch.where(kept, grad, 0)
     return torch.mul(bits(grad), kept.view(torch.int8)).view(grad.dtype)
+
+
+def _is_final(grad: Tensor) -> bool:
+    """Whether nothing wants to see by which formula a gradient goes on."""
+    return is_eager(grad) and not (torch.is_grad_enabled() and grad.requires_grad)
 
 
 def _is_cpu(x: Tensor) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_meansparse.callback.batches import to_device
 from lightning_meansparse.surgery import IMAGE_KEYS
 
 LABELS = ("label", "labels")
@@ -47,21 +45,3 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
         f"a batch must be (images, labels) or a dict with one of {', '.join(IMAGE_KEYS)} and one "
         f"of {', '.join(LABELS)}, all tensors; got {got}. ImageDataModule gives such batches."
     )
-
-
-class Transferred:
-    """Images and labels of every batch, as an evaluation step would get them, as often as asked.
-
-    Args:
-        trainer: Knows the device and the hooks on the way there.
-        batches: What its loader gives.
-    """
-
-    def __init__(self, trainer: Trainer, batches: Iterable[Any]) -> None:
-        self.trainer = trainer
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give them once."""
-        for batch in self.batches:
-            yield images_and_labels(to_device(self.trainer, batch))

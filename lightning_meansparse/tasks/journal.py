@@ -2,8 +2,8 @@
 
 `sweep.json` says what is measured, and is there before anything else. `parts/` holds one file per
 batch of a round, with its rows at all alphas: alphas share work inside a batch, so a batch is what
-is lost at most. Which process measured it, and of how many, does not matter. A finished split goes
-to `records.parquet`, and its parts go away. Each file is there whole or not at all.
+each process loses at most. Which process measured it, and of how many, does not matter. A finished
+split goes to `records.parquet`, and its parts go away. Each file is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Journal:
         rank: Number of this process.
 
     Attributes:
-        going_on: Whether the folder holds an earlier run of the same sweep.
         records: The rows of its finished splits, or None; `metadata` are theirs.
         adapter: Folder with the statistics that it has measured, or None.
         about: What every part says about how it was measured, for who reads an unfinished sweep.
@@ -64,7 +63,6 @@ class Journal:
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self.folder = folder
         self.rank = rank
-        self.going_on = False
         self.records: pa.Table | None = None
         self.metadata: dict[str, Any] = {}
         self.adapter: Path | None = None
@@ -89,7 +87,6 @@ class Journal:
             return
         new = json.loads(json.dumps(configuration, allow_nan=False))
         old = self._known(self.folder)
-        self.going_on = old is not None
         if old is not None:
             compared = {k: old["data"].get(k, new["data"][k]) for k in new["data"]}
             if changes := list(_changes("", {**old, "data": compared}, new)):
@@ -161,8 +158,10 @@ class Journal:
                 rows, metadata = read_records(path)
                 ours = self._mark(path).items() <= metadata.items()
                 samples = set(rows["index"].to_pylist())
-                if not ours or _alphas(rows) != round.alphas or held & samples:
+                if not ours or _alphas(rows) != round.alphas:
                     raise ValueError(f"{path} belongs to another sweep")
+                if held & samples:
+                    raise ValueError(f"{path} holds samples of another part")
                 held |= samples
                 found.append(rows)
             except (ValueError, OSError) as error:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_meansparse.attacks import CHECKS, BaseExamples, Evaluation, check_eps, evaluate
+from lightning_meansparse.callback.batches import to_device
 from lightning_meansparse.records import SCHEMA, rows
 from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks import facts
-from lightning_meansparse.tasks.batches import Transferred
+from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.ranks import merged_table
 from lightning_meansparse.tasks.rounds import Plan, Round
@@ -35,8 +36,8 @@ class Measurement:
     """Carries out a plan on one split of a sweep.
 
     The processes deal the samples of each round among them by clean margin. What the journal holds
-    is not measured again, whoever measured it. Between rounds, and only there, the processes meet:
-    the plan sees the rows of all.
+    is not measured again, whoever measured it. The processes meet before a round and after it, and
+    never inside: the plan sees the rows of all.
 
     Args:
         sweep: Says how to attack, and what.
@@ -138,8 +139,8 @@ class Measurement:
             evaluations=evaluations(self.table) + evaluations(known),
         )
         found = [SCHEMA.empty_table()]
-        batches = Transferred(self.sweep.trainer, loader_of(loader, left))
-        for numbers, (images, labels) in zip(left, batches, strict=True):
+        for numbers, batch in zip(left, loader_of(loader, left), strict=True):
+            images, labels = images_and_labels(to_device(self.sweep.trainer, batch))
             table, examples = self._attack(images, labels, numbers, round)
             self.journal.keep(table, self.split, round, examples)
             found.append(table)

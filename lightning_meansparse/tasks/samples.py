@@ -70,8 +70,7 @@ class Samples:
             values: Of this rank's samples, in the order of its batches, `(m,)` float32.
             device: Where this rank's tensors are.
         """
-        mine = torch.cat([torch.zeros(0, dtype=torch.int64), *self.batches])
-        numbers = torch.cat(gathered(mine, device)).tolist()
+        numbers = torch.cat(gathered(_joined(self.batches), device)).tolist()
         known = dict(zip(numbers, torch.cat(gathered(values, device)).tolist(), strict=True))
         return torch.tensor([known[number] for number in self.order.tolist()])
 
@@ -91,7 +90,7 @@ class Samples:
         place = torch.arange(len(turns)) % (2 * self.ranks)
         mine = torch.minimum(place, 2 * self.ranks - 1 - place) == self.rank
         size = max(map(len, self.batches), default=1)
-        return [batch for batch in torch.split(self.of(round)[turns[mine]], size) if len(batch)]
+        return list(torch.split(self.of(round)[turns[mine]], size))
 
 
 def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
@@ -109,7 +108,7 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
         >>> samples.order, samples.hand(Round("all", (0.0,), ()), torch.tensor([0.1, 0.9, 0.5]))
         (tensor([4, 2, 7]), [tensor([2, 7]), tensor([4])])
     """
-    mine = torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
+    mine = _joined(batches)
     hands = gathered(mine, device)
     rank, ranks = rank_and_ranks()
     first: dict[int, tuple[int, int]] = {}
@@ -122,6 +121,10 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
     sizes = [len(batch) for batch in batches]
     by_batch = torch.split(torch.tensor(new, dtype=torch.bool), sizes)
     return Samples(batches, order, rank, ranks, by_batch)
+
+
+def _joined(batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
 
 
 def batch_indices(loader: Any) -> list[Tensor]:
