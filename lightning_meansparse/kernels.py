@@ -242,7 +242,7 @@ class _Replace(torch.autograd.Function):
             (saved,) = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(
-                "the result of an operator, where the backward pass finds the band, was overwritten. "
+                "an operator's result, where the backward pass finds the band, was overwritten. "
                 "Let what comes after the operator work out of place (inplace=False, x = x + y "
                 f"instead of x += y), or call the operator with overwritten=True. ({error})"
             ) from error
@@ -273,7 +273,7 @@ class _ReplaceInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.left is None:
-            return _where(*ctx.saved_tensors, grad), None, None
+            return _where(ctx.saved_tensors[0], grad), None, None
         if ctx.left._version > ctx.version:
             raise RuntimeError(
                 "the result of an activation that works in place was overwritten before the "
