@@ -33,7 +33,9 @@ from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.records import read_records
 from lightning_meansparse.sites import find_sites
 from lightning_meansparse.surgery import alpha_set, calibrate_, operators, restore_, sparsify_
-from lightning_meansparse.tasks import files, journal, together
+from lightning_meansparse.tasks import files, journal, measuring, together
+from lightning_meansparse.tasks import sweep as room
+from lightning_meansparse.tasks.measuring import Measurement
 
 # ---------------------------------------------------------------------------------------- memory
 
@@ -188,6 +190,73 @@ def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_p
     zero, one = ranks.run(tmp_path / "sweep", fault=late, log=tmp_path / "log")
     assert (zero.code, one.code) == (1, -9)
     assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
+
+
+def busy(rank: int) -> None:
+    """One process fails in its pass over clean images; those of the other do not end."""
+    look = Measurement.look
+
+    def endless(self: Measurement, *batch: Tensor) -> None:
+        if rank == 1:
+            fail()
+        for self._margins[:] in itertools.repeat(()):
+            look(self, *batch)
+
+    Measurement.look = endless
+
+
+def dealing(rank: int) -> None:
+    if rank == 1:
+        room.batch_indices = lambda loader: fail()
+
+
+def elsewhere(rank: int) -> None:
+    if rank == 1:
+        sweep_in = ranks.sweep
+        ranks.sweep = lambda folder, **options: sweep_in(folder / "own disk", **options)
+
+
+def other_images(rank: int) -> None:
+    if rank == 1:
+        ranks.data = lambda **options: data(**{**options, "train": 121})
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (busy, "OSError: the weather"),
+        (dealing, "OSError: the weather"),
+        (elsewhere, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
+        (other_images, "something else than process 0: data.held-out.fingerprint was"),
+    ],
+)
+def test_what_is_wrong_with_one_process_ends_all_before_a_round(
+    tmp_path: Path, whole: Any, fault: Any, told: str
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    found = ranks.run(folder, fault=fault, log=log)
+    assert [each.code for each in found] == [1, 1], found
+    assert all(told in each.text for each in found)
+    assert not list(folder.rglob("*.tmp"))
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
+def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(monkeypatch: Any) -> None:
+    told = []
+    monkeypatch.setattr(together.Together, "listen", lambda self: told.append("listened"))
+    evaluated = measuring.evaluate
+
+    def deaf(*args: Any, listen: Any, **options: Any) -> Any:
+        told.append("evaluated")
+        return evaluated(*args, **options)
+
+    monkeypatch.setattr(measuring, "evaluate", deaf)
+    sweep = sweep_of(alphas=[0.3], select="clean_budget")
+    trainer().validate(sweep, data(holdout=40, batch_size=8), verbose=False)
+    assert told.count("evaluated") == 5 * (1 + 2), "looked at, then at two alphas"
+    before = [told[place - 1] for place, what in enumerate(told) if what == "evaluated"]
+    assert set(before) == {"listened"}
 
 
 def deadly(moment: int, rank: int) -> None:

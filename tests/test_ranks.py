@@ -228,8 +228,7 @@ def test_margins_deal_every_sample_once_and_nobody_the_best_hand(
     round = Round("any", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
     hands = []
     for rank in range(ranks):
-        batches = [torch.zeros(size, dtype=torch.int64)]
-        hand = Samples(batches, order, rank, ranks).hand(round, values)
+        hand = Samples([order] * ranks, order, rank, size).hand(round, values)
         assert all(len(batch) <= size for batch in hand)
         hands.append([number for batch in hand for number in batch.tolist()])
     wanted = order[round.start : round.stop].tolist()
@@ -251,7 +250,7 @@ def test_whoever_is_first_in_one_turn_is_last_in_the_next(ranks: int, turns: int
     margins = torch.randperm(2 * ranks * turns).float()
     order = torch.arange(len(margins))
     hands = [
-        torch.cat(Samples([order], order, rank, ranks).hand(Round("any", (0.0,), ()), margins))
+        torch.cat(Samples([order] * ranks, order, rank, 4).hand(Round("any", (0.0,), ()), margins))
         for rank in range(ranks)
     ]
     assert {float(margins[hand].sum()) for hand in hands} == {float(margins.sum()) / ranks}

@@ -104,7 +104,7 @@ def test_the_histogram_shows_an_empty_band_and_a_pile(sparsified, alpha):
     counted = Occupancy(sparsified, (0.0, alpha))
     images = two_signals(12, 3)[0]
     counted.update(sparsified, images)
-    shown = counted.histogram(sparsified, [images], alpha)
+    shown = counted.histogram(sparsified, [images], alpha, lambda counts: counts)
     before, after = torch.tensor(shown["before"]), torch.tensor(shown["after"])
     assert before.sum() == after.sum() > 0
     middle = torch.tensor(shown["edges"]).unfold(0, 2, 1).mean(1)

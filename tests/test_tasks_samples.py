@@ -91,18 +91,18 @@ def test_the_first_samples_are_the_same_for_any_number_of_ranks(n, ranks, size, 
     ]
     round = Round("race-1", (0.0,), (), start=cut[0], stop=cut[0] + cut[1])
     met, first, margins = set(), [], torch.rand(n)
+    some = cut[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "gathered", lambda mine, device: [torch.cat(hand) for hand in hands])
         for rank, hand in enumerate(hands):
-            patch.setattr(room, "rank_and_ranks", lambda rank=rank: (rank, ranks))
+            patch.setattr(room, "this_rank", lambda rank=rank: rank)
             samples = dealt(hand, torch.device("cpu"))
             assert samples.order.tolist() == list(range(n))
             assert len(samples) == n
-            own = zip(samples.batches, samples.new, strict=True)
-            first += [number for batch, new in own for number in batch[new].tolist()]
+            first += [number for batch in samples.first(some) for number in batch.tolist()]
             met |= {number for batch in samples.hand(round, margins) for number in batch.tolist()}
     assert met == set(range(n)[round.start : round.stop])
-    assert sorted(first) == list(range(n)), "each sample new to one rank"
+    assert sorted(first) == list(range(n))[:some], "each by one rank"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

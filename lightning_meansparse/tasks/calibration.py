@@ -74,6 +74,7 @@ def calibrated(sweep: AlphaSweep, measured: Path | None) -> dict[str, Any] | Non
         sites = _sites(classifier, images, sweep.where, strict=sweep.strict)
         sparsify_(classifier.model, sites, center=sweep.center)
     _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
+    sweep.together.meet()  # calibrating begins with a collective that hears nothing
     counted = Counted(sweep.progress.through(data.batches(), "calibrating"))
     try:
         calibrate_(classifier, counted, statistics=sweep.statistics)

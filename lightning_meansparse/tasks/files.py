@@ -34,7 +34,7 @@ def check_folder(folder: Path, name: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # on another node, a process may have the same number
     except OSError as error:
         raise ValueError(
             f"{name} must be a folder that can be written to, got {str(folder)!r}: "

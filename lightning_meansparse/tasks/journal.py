@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from lightning_meansparse.tasks.files import (
     write_json,
     writing,
 )
+from lightning_meansparse.tasks.ranks import gathered, shared, shared_table
 from lightning_meansparse.tasks.rounds import Round
 
 _log = logging.getLogger(__name__)
@@ -42,20 +45,20 @@ ADAPTER = "adapter"
 _PARTS = "parts"
 _EXAMPLES = "examples"
 _TEMPORARY = re.compile(
-    r"\.(sweep\.json|records\.parquet|sites\.json|meansparse.*|writable"
+    r"\.(sweep\.json|records\.parquet|sites\.json|meansparse.*|writable|seen"
     r"|.*-\d+\.(parquet|safetensors))\.\d+\.tmp"
 )
 
 
 class Journal:
-    """The folder of one sweep, as one process sees it. All processes must see the same folder.
+    """The folder of one sweep. All processes must see the same one; the first reads for all.
 
     Args:
         folder: The sweep's output; None keeps nothing and knows nothing.
         rank: Number of this process.
 
     Attributes:
-        records: The rows of its finished splits, or None; `metadata` are theirs.
+        records: The rows of its finished splits; `metadata` are theirs.
         adapter: Folder with the statistics that it has measured, or None.
         about: What every part says about how it was measured, for who reads an unfinished sweep.
     """
@@ -63,13 +66,32 @@ class Journal:
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self.folder = folder
         self.rank = rank
-        self.records: pa.Table | None = None
+        self.records: pa.Table = SCHEMA.empty_table()
         self.metadata: dict[str, Any] = {}
         self.adapter: Path | None = None
         self.about: dict[str, Any] = {}
         self._configuration: dict[str, Any] = {}
         self._digest = ""
+        self._probe = ""
         self._lock: FolderLock | None = None
+
+    def agree(self, configuration: Mapping[str, Any], device: torch.device) -> None:
+        """Compare what the processes are to measure; all call this.
+
+        Args:
+            configuration: As for `open`, of this process.
+            device: Where this rank's tensors are.
+
+        Raises:
+            ValueError: If it is something else than the first one is to measure.
+        """
+        mine = json.dumps(configuration, allow_nan=False).encode()
+        first = shared(mine, device)
+        if changes := list(_changes("", json.loads(first), json.loads(mine))):
+            raise ValueError(
+                f"process {self.rank} would measure something else than process 0: "
+                f"{'; '.join(changes)}. Give all the same model, data and packages."
+            )
 
     def open(self, configuration: Mapping[str, Any], split: str) -> None:
         """Compare the folder with what is to be measured now; write nothing.
@@ -96,7 +118,7 @@ class Journal:
                     "anew."
                 )
             new["data"] = {**old["data"], **new["data"]}
-            self._read_records(self.folder / RECORDS)
+            self.records, self.metadata = _sound_records(self.folder / RECORDS)
             self.adapter = _sound_adapter(self.folder / ADAPTER)
         self._configuration = new
         identity = {**new, "data": new["data"][split]}
@@ -116,9 +138,8 @@ class Journal:
         if self.folder is None:
             return
         check_folder(self.folder, "output")
-        if self.rank == 0:
-            self._lock = FolderLock(self.folder)
-            self.open(configuration, split)
+        self._lock = FolderLock(self.folder)
+        self.open(configuration, split)
 
     def release(self) -> None:
         """Let other sweeps in."""
@@ -127,21 +148,55 @@ class Journal:
 
     def begin(self, notes: Mapping[str, Any]) -> None:
         """Write what is measured, with notes that decide nothing."""
-        if self.folder is not None and self.rank == 0:
+        if self.folder is not None:
             content = {"format_version": FORMAT_VERSION, "notes": dict(notes)}
+            self._probe = f".seen.{secrets.randbelow(10**12)}.tmp"
             with writing(self.folder):
                 write_json({**content, **self._configuration}, self.folder / CONFIGURATION)
+                (self.folder / self._probe).touch()
+
+    def share(self, device: torch.device) -> None:
+        """Let all processes know what the first has found; all call this, when it has begun.
+
+        Args:
+            device: Where this rank's tensors are.
+
+        Raises:
+            ValueError: If some do not see the first one's folder, or cannot write to it.
+        """
+        if self.folder is None:
+            return
+        found = {
+            "digest": self._digest,
+            "metadata": self.metadata,
+            "adapter": self.adapter is not None,
+            "probe": self._probe,
+        }
+        found = json.loads(shared(json.dumps(found).encode(), device))
+        self._digest, self.metadata = found["digest"], found["metadata"]
+        self.adapter = self.folder / ADAPTER if found["adapter"] else None
+        self.records = shared_table(self.records, device)
+        probe = self.folder / found["probe"]
+        blind = gathered(torch.tensor([int(not probe.exists())]), device)
+        if self.rank == 0:
+            probe.unlink(missing_ok=True)
+        if any(blind):
+            where = ", ".join(str(rank) for rank, is_blind in enumerate(blind) if is_blind)
+            raise ValueError(
+                f"output {str(self.folder)!r} must be one folder for all processes, but what "
+                f"process 0 writes there cannot be seen by {where}. Name one on a file system that "
+                "all machines share."
+            )
+        check_folder(self.folder, "output")
 
     def finished(self, split: str, round: Round) -> pa.Table | None:
         """Return the rows of a round of a finished split."""
-        if self.records is None:
-            return None
         rows = self.records.filter((pc.field("split") == split) & (pc.field("round") == round.name))
         return rows if _alphas(rows) == round.alphas else None
 
-    def elsewhere(self, split: str) -> list[pa.Table]:
-        """Return the rows of the other splits that are finished, if there are any."""
-        return [] if self.records is None else [self.records.filter(pc.field("split") != split)]
+    def elsewhere(self, split: str) -> pa.Table:
+        """Return the rows of the other splits that are finished."""
+        return self.records.filter(pc.field("split") != split)
 
     def measured(self, split: str, round: Round) -> pa.Table:
         """Return the rows of a round of which batches were kept, by however many processes.
@@ -166,10 +221,12 @@ class Journal:
                 found.append(rows)
             except (ValueError, OSError) as error:
                 _log.warning("measuring a batch again: %s", error)
-                path.unlink(missing_ok=True)
+                with writing(self.folder):
+                    path.unlink(missing_ok=True)
         for path in (self.folder / _EXAMPLES).glob(f"{pattern}.safetensors"):
             if not (self.folder / _PARTS / f"{path.stem}.parquet").exists():
-                path.unlink()
+                with writing(self.folder):
+                    path.unlink()
         return pa.concat_tables(found)
 
     def keep(
@@ -233,14 +290,6 @@ class Journal:
         content.pop("notes", None)
         return content
 
-    def _read_records(self, path: Path) -> None:
-        if not path.exists():
-            return
-        try:
-            self.records, self.metadata = read_records(path)
-        except (ValueError, OSError) as error:
-            _log.warning("measuring everything again: %s", error)
-
 
 def clear(folder: Path, *, command: str) -> None:
     """Remove what an earlier sweep of the same command wrote into a folder, and nothing else.
@@ -265,6 +314,15 @@ def clear(folder: Path, *, command: str) -> None:
     # The configuration last: without it nobody could tell whose the rest is.
     for path in sorted(set(written), key=lambda path: path.name == CONFIGURATION):
         path.unlink()
+
+
+def _sound_records(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    if path.exists():
+        try:
+            return read_records(path)
+        except (ValueError, OSError) as error:
+            _log.warning("measuring everything again: %s", error)
+    return SCHEMA.empty_table(), {}
 
 
 def _sound_adapter(folder: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from lightning_meansparse.surgery import alpha_set
 from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.journal import Journal
-from lightning_meansparse.tasks.ranks import merged_table
+from lightning_meansparse.tasks.ranks import merged_table, shared_table
 from lightning_meansparse.tasks.rounds import Plan, Round
 from lightning_meansparse.tasks.samples import Samples, loader_of
 
@@ -75,8 +75,8 @@ class Measurement:
             return
         with alpha_set(self.sweep.classifier, 0.0):
             self._margins.append(self._evaluated(images, labels, attacks=()).margin)
-        done, total = len(self._margins), len(self.samples.batches)
-        self.sweep.progress.looked(self.split, done, total)
+        given = self.samples.given[self.samples.rank]
+        self.sweep.progress.looked(self.split, sum(map(len, self._margins)), len(given))
 
     def complete(self, loader: DataLoader[Any]) -> pa.Table:
         """Carry out all rounds that are left, after a look at every batch.
@@ -95,6 +95,20 @@ class Measurement:
             self._add(self._measured(self._next, margins, loader))
             self._next = self._first_unknown()
         return self.table
+
+    def batches(
+        self, loader: DataLoader[Any], numbers: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield numbers, images and labels of samples; hear of the others, and meet them at last.
+
+        Args:
+            loader: The trainer's.
+            numbers: Of the samples of each batch on this rank.
+        """
+        for some, batch in zip(numbers, loader_of(loader, numbers), strict=True):
+            self.sweep.together.listen()
+            yield some, *images_and_labels(to_device(self.sweep.trainer, batch))
+        self.sweep.together.meet()
 
     def _first_unknown(self) -> Round | None:
         """The next round that is not in the records; those that are go into the table."""
@@ -117,7 +131,7 @@ class Measurement:
         first = self.journal.rank == 0
         rows = self.journal.measured(self.split, round) if first else SCHEMA.empty_table()
         self.sweep.together.meet()
-        known = merged_table(rows, self.sweep.device)
+        known = shared_table(rows, self.sweep.device)
         indices = torch.tensor(pc.unique(known["index"]).to_pylist(), dtype=torch.int64)
         if len(indices) and first:
             _log.info(
@@ -139,14 +153,12 @@ class Measurement:
             evaluations=evaluations(self.table) + evaluations(known),
         )
         found = [SCHEMA.empty_table()]
-        for numbers, batch in zip(left, loader_of(loader, left), strict=True):
-            images, labels = images_and_labels(to_device(self.sweep.trainer, batch))
+        for numbers, images, labels in self.batches(loader, left):
             table, examples = self._attack(images, labels, numbers, round)
             self.journal.keep(table, self.split, round, examples)
             found.append(table)
             self.sweep.progress.passed(len(numbers))
         self.sweep.progress.end()
-        self.sweep.together.meet()
         return pa.concat_tables([known, merged_table(pa.concat_tables(found), self.sweep.device)])
 
     def _attack(self, images: Tensor, labels: Tensor, indices: Tensor, round: Round) -> Measured:
@@ -180,7 +192,8 @@ class Measurement:
     def _evaluated(
         self, images: Tensor, labels: Tensor, *, eps: float | None = None, **options: Any
     ) -> Evaluation:
-        """What the classifier says to images, as it is set now."""
+        """What the classifier says to images, as it is set now; hear of the others before."""
+        self.sweep.together.listen()
         evaluation = evaluate(
             self.sweep.classifier,
             images,

@@ -18,7 +18,7 @@ _REACH = 4.0
 """Half-width of a histogram, in standard deviations."""
 
 ENOUGH = 512
-"""Images to count on, on each rank: each costs a forward pass at every alpha."""
+"""Images to count on, of all ranks together: each costs a forward pass at every alpha."""
 
 
 class Occupancy:
@@ -48,9 +48,7 @@ class Occupancy:
         self.seen = dict.fromkeys(channels, 0.0)
 
     def update(self, model: nn.Module, images: Tensor) -> None:
-        """Run one batch at every alpha, each with all sites at work, and count; until `ENOUGH`."""
-        if self.images >= ENOUGH or len(images) == 0:
-            return
+        """Run one batch at every alpha, each with all sites at work, and count."""
         self.images += len(images)
         for place, alpha in enumerate(self.alphas):
 
@@ -97,7 +95,11 @@ class Occupancy:
         return site, int((shares - shares.median()).abs().argmin())
 
     def histogram(
-        self, model: nn.Module, batches: Iterable[Tensor], alpha: float
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor],
+        alpha: float,
+        merge: Callable[[Tensor], Tensor],
     ) -> dict[str, Any] | None:
         """Return one typical channel's values before and after the operator, or None.
 
@@ -108,6 +110,7 @@ class Occupancy:
             model: As before.
             batches: Images.
             alpha: One of `alphas`, above 0.
+            merge: As for `reduce`, which comes first.
         """
         site, channel = self.typical(alpha)
         op = operators(model)[site]
@@ -130,6 +133,7 @@ class Occupancy:
         with alpha_set(model, alpha), _watching(model, count):
             for images in batches:
                 _forward(model, images)
+        counts = merge(counts)
         return {
             "site": self.rename(site),
             "channel": channel,

@@ -70,12 +70,12 @@ class SweepProgress:
             self._show(number + 1, left="", now="")
         self.end()
 
-    def looked(self, split: str, batches: int, total: int) -> None:
-        """Say that so many batches of a split have been looked at, of so many."""
-        if batches == 1:
+    def looked(self, split: str, images: int, total: int) -> None:
+        """Say that so many clean images of a split have been looked at, of so many."""
+        if self._bar is None:
             self._draw(f"{split} · clean images", total)
-        self._show(batches, left="", now="")
-        if batches == total:
+        self._show(images, left="", now="")
+        if images == total:
             self.end()
 
     def begin(self, split: str, round: Round, samples: int, before: int, evaluations: int) -> None:
@@ -86,7 +86,8 @@ class SweepProgress:
             round: The round.
             samples: How many samples it has on this rank.
             before: How many of them were measured by an earlier run.
-            evaluations: Model evaluations spent on this split so far.
+            evaluations: Model evaluations spent on this split so far, on all ranks; to those of
+                this round only this rank's are added until it ends.
         """
         self._title = split if round.name == MAIN else f"{split} · {round.name}"
         self._work = [1.0, *(work(spec) for spec in round.attacks)]

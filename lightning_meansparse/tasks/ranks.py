@@ -1,4 +1,4 @@
-"""Rows and counts of all processes, merged exactly."""
+"""What one process knows, known to all: merged exactly, or as the first one has it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,32 @@ def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
         device: Where this rank's tensors are.
     """
     # Bytes in a tensor, not gathered objects: nothing is unpickled, and every backend can do it.
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    parts = gathered(torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8), device)
-    tables = [pa.ipc.open_stream(part.numpy().tobytes()).read_all() for part in parts]
-    return pa.concat_tables(tables)
+    parts = gathered(torch.frombuffer(bytearray(_packed(table)), dtype=torch.uint8), device)
+    return pa.concat_tables([_unpacked(part.numpy().tobytes()) for part in parts])
 
 
-def rank_and_ranks() -> tuple[int, int]:
-    """Return the number of this process, and how many there are."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def shared_table(table: pa.Table, device: torch.device) -> pa.Table:
+    """Return the first rank's table on every rank; those of the others count for nothing."""
+    return _unpacked(shared(_packed(table), device)) if _several() else table
+
+
+def shared(content: bytes, device: torch.device) -> bytes:
+    """Return the first rank's bytes on every rank."""
+    if not _several():
+        return content
+    size = torch.tensor([len(content)], device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank() == 0:
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+    else:
+        values = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(values, 0)
+    return values.cpu().numpy().tobytes()
+
+
+def this_rank() -> int:
+    """Return the number of this process."""
+    return dist.get_rank() if _several() else 0
 
 
 def gathered(tensor: Tensor, device: torch.device) -> list[Tensor]:
@@ -47,8 +60,24 @@ def summed(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _gathered(tensor: Tensor) -> list[Tensor]:
     """One tensor per rank; by itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _several():
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return parts
+
+
+def _several() -> bool:
+    """Whether there are several processes, or one that could have been."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _unpacked(content: bytes) -> pa.Table:
+    return pa.ipc.open_stream(content).read_all()

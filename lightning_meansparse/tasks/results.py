@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
 
 from lightning_meansparse.adapter import save_adapter
 from lightning_meansparse.adapter.base import noted_statistics
@@ -13,6 +16,8 @@ from lightning_meansparse.surgery import operators
 from lightning_meansparse.tasks import facts
 from lightning_meansparse.tasks.files import write_json, writing
 from lightning_meansparse.tasks.journal import ADAPTER, RECORDS, SITES
+from lightning_meansparse.tasks.occupancy import ENOUGH, Occupancy
+from lightning_meansparse.tasks.ranks import summed
 
 if TYPE_CHECKING:
     from lightning_meansparse.tasks.measuring import Measurement
@@ -46,6 +51,31 @@ def judged(sweep: AlphaSweep) -> AlphaSummary | None:
     return next((s for s in summaries if s.alpha == sweep.chosen_alpha), None)
 
 
+def about_sites(
+    sweep: AlphaSweep, run: Measurement, loader: DataLoader[Any]
+) -> dict[str, Any] | None:
+    """Return what the operators do to the values of some images, or None for nothing new.
+
+    Args:
+        sweep: The sweep; all its processes call this.
+        run: What was measured.
+        loader: The trainer's.
+    """
+    classifier = sweep.classifier
+    if not (run.fresh and operators(classifier)):
+        return None
+    mine, merge = run.samples.first(ENOUGH), partial(summed, device=sweep.device)
+    counted = Occupancy(classifier, sweep.alphas, rename=lambda name: name.removeprefix("model."))
+    for _, images, _ in run.batches(loader, mine):
+        counted.update(classifier, images)
+    counted.reduce(merge)
+    shown = sweep.chosen_alpha or sweep.alphas[len(sweep.alphas) // 2]
+    if not shown:
+        return counted.content(None)
+    again = (images for _, images, _ in run.batches(loader, mine))
+    return counted.content(counted.histogram(classifier, again, shown, merge))
+
+
 def write_results(sweep: AlphaSweep, run: Measurement, sites: dict[str, Any] | None) -> None:
     """Write what was measured on a split. The records come last: with them it is finished.
 
@@ -63,7 +93,7 @@ def write_results(sweep: AlphaSweep, run: Measurement, sites: dict[str, Any] | N
                 write_json(sites, journal.folder / SITES)
             if operators(sweep.classifier):
                 write_adapter(sweep, journal.folder)
-            tables = [run.table, *journal.elsewhere(run.split)]
+            tables = [run.table, journal.elsewhere(run.split)]
             write_records(tables, journal.folder / RECORDS, sweep.metadata())
         journal.close(run.split)
 

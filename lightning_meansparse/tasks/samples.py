@@ -7,8 +7,9 @@ distributed sampler, whose padding repeats samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,9 +24,8 @@ from torch.utils.data import (
 
 from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.data.loading import PatientLoader
-from lightning_meansparse.surgery import images_in
 from lightning_meansparse.tasks.batches import images_and_labels
-from lightning_meansparse.tasks.ranks import gathered, rank_and_ranks
+from lightning_meansparse.tasks.ranks import gathered, this_rank
 from lightning_meansparse.tasks.rounds import Round
 
 _ASK = (
@@ -36,24 +36,21 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one split: which batch of this rank holds which, and their common order.
+    """The samples of one split: which the loader gives to whom, and their common order.
 
     Attributes:
-        batches: Numbers of the samples of each batch that the loader gives on this rank,
-            `(batch size,)` int64.
+        given: Numbers of the samples that the loader gives on each rank, in its order, `(m,)`
+            int64. The padding of a distributed sampler repeats some.
         order: Numbers of the samples of all ranks, each once, `(n,)` int64. The first so many are
             the same set for any number of ranks.
         rank: Number of this process.
-        ranks: How many there are.
-        new: Per batch of this rank, which of its samples no rank was given before, `(batch size,)`
-            bool: the padding of a distributed sampler repeats some.
+        size: Of a batch.
     """
 
-    batches: Sequence[Tensor]
+    given: Sequence[Tensor]
     order: Tensor
-    rank: int = 0
-    ranks: int = 1
-    new: Sequence[Tensor] = ()
+    rank: int
+    size: int
 
     def __len__(self) -> int:
         """Return the number of samples over all ranks."""
@@ -67,12 +64,16 @@ class Samples:
         """Return one value per sample of `order`, on every rank.
 
         Args:
-            values: Of this rank's samples, in the order of its batches, `(m,)` float32.
+            values: Of the samples that the loader gives on this rank, `(m,)` float32.
             device: Where this rank's tensors are.
         """
-        numbers = torch.cat(gathered(_joined(self.batches), device)).tolist()
-        known = dict(zip(numbers, torch.cat(gathered(values, device)).tolist(), strict=True))
+        numbers, found = torch.cat([*self.given]), torch.cat(gathered(values, device))
+        known = dict(zip(numbers.tolist(), found.tolist(), strict=True))
         return torch.tensor([known[number] for number in self.order.tolist()])
+
+    def first(self, count: int) -> list[Tensor]:
+        """Return this rank's part of the first so many samples of `order`, by batch."""
+        return self._in_batches(self.order[:count][self.rank :: len(self.given)])
 
     def hand(self, round: Round, margins: Tensor) -> list[Tensor]:
         """Return the numbers of the samples that this rank measures in a round, by batch.
@@ -87,10 +88,13 @@ class Samples:
         """
         part = margins[round.start : round.stop]
         turns = part.nan_to_num(-torch.inf).argsort(descending=True, stable=True)
-        place = torch.arange(len(turns)) % (2 * self.ranks)
-        mine = torch.minimum(place, 2 * self.ranks - 1 - place) == self.rank
-        size = max(map(len, self.batches), default=1)
-        return list(torch.split(self.of(round)[turns[mine]], size))
+        ranks = len(self.given)
+        place = torch.arange(len(turns)) % (2 * ranks)
+        mine = torch.minimum(place, 2 * ranks - 1 - place) == self.rank
+        return self._in_batches(self.of(round)[turns[mine]])
+
+    def _in_batches(self, numbers: Tensor) -> list[Tensor]:
+        return [batch for batch in torch.split(numbers, self.size) if len(batch)]
 
 
 def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
@@ -108,23 +112,11 @@ def dealt(batches: Sequence[Tensor], device: torch.device) -> Samples:
         >>> samples.order, samples.hand(Round("all", (0.0,), ()), torch.tensor([0.1, 0.9, 0.5]))
         (tensor([4, 2, 7]), [tensor([2, 7]), tensor([4])])
     """
-    mine = _joined(batches)
-    hands = gathered(mine, device)
-    rank, ranks = rank_and_ranks()
-    first: dict[int, tuple[int, int]] = {}
-    for turn in range(max(map(len, hands))):
-        for holder, hand in enumerate(hands):
-            if turn < len(hand):
-                first.setdefault(int(hand[turn]), (turn, holder))
-    order = torch.tensor(list(first), dtype=torch.int64)
-    new = [first[number] == (turn, rank) for turn, number in enumerate(mine.tolist())]
-    sizes = [len(batch) for batch in batches]
-    by_batch = torch.split(torch.tensor(new, dtype=torch.bool), sizes)
-    return Samples(batches, order, rank, ranks, by_batch)
-
-
-def _joined(batches: Sequence[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *batches])
+    given = gathered(torch.cat([torch.zeros(0, dtype=torch.int64), *batches]), device)
+    turns = zip_longest(*(hand.tolist() for hand in given))
+    order = dict.fromkeys(number for turn in turns for number in turn if number is not None)
+    size = max(map(len, batches), default=1)
+    return Samples(given, torch.tensor(list(order), dtype=torch.int64), this_rank(), size)
 
 
 def batch_indices(loader: Any) -> list[Tensor]:
@@ -185,6 +177,7 @@ def loader_of(loader: DataLoader[Any], batches: Sequence[Tensor]) -> DataLoader[
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout if workers else 0,
+        prefetch_factor=loader.prefetch_factor if workers else None,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context if workers else None,
     )
@@ -240,14 +233,3 @@ def _is_random(loader: DataLoader[Any]) -> bool:
         isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
         for sampler in samplers
     )
-
-
-def first_images(loader: Any, device: torch.device, *, at_least: int = 512) -> Iterator[Tensor]:
-    """Batches of images from the beginning of a Trainer's evaluation loader."""
-    seen = 0
-    for batch in loader[0] if isinstance(loader, list | tuple) else loader:
-        if seen >= at_least:
-            return
-        images = images_in(batch)
-        seen += len(images)
-        yield images.to(device)

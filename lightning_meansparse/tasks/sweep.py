@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_meansparse.adapter import load_adapter
 from lightning_meansparse.adapter.base import statistics_hash
@@ -34,16 +34,19 @@ from lightning_meansparse.tasks.batches import images_and_labels
 from lightning_meansparse.tasks.calibration import Where, calibrated
 from lightning_meansparse.tasks.journal import Journal
 from lightning_meansparse.tasks.measuring import Measurement, check_rounds
-from lightning_meansparse.tasks.occupancy import Occupancy
 from lightning_meansparse.tasks.progress import SweepProgress
-from lightning_meansparse.tasks.ranks import summed
-from lightning_meansparse.tasks.results import judged, numbers, write_adapter, write_results
+from lightning_meansparse.tasks.results import (
+    about_sites,
+    judged,
+    numbers,
+    write_adapter,
+    write_results,
+)
 from lightning_meansparse.tasks.rounds import Fixed, Round, Selection
 from lightning_meansparse.tasks.samples import (
     Samples,
     batch_indices,
     dealt,
-    first_images,
     first_samples,
     only_loader,
 )
@@ -203,8 +206,6 @@ class AlphaSweep(LightningModule):
         self._records: dict[str, pa.Table] = {}
         self._selection: Selection
         self._measurement: Measurement
-        self._occupancy: Occupancy | None = None
-        self._sites: dict[str, Any] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits `(N, num_classes)` of images `(N, C, H, W)` in [0, 1]."""
@@ -263,23 +264,15 @@ class AlphaSweep(LightningModule):
             samples=len(samples),
         )
         self._measurement = Measurement(self, self._selection, HELD_OUT, samples, journal)
-        self._occupancy = None
-        if operators(self.classifier) and self._measurement.fresh:
-            self._occupancy = Occupancy(
-                self.classifier, self.alphas, rename=lambda name: name.removeprefix("model.")
-            )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Look at one batch: clean margins, and what the operators would replace."""
-        images, labels = images_and_labels(batch)
-        self._measurement.look(images, labels)
-        if self._occupancy is not None:
-            new = self._measurement.samples.new[batch_idx].to(images.device)
-            self._occupancy.update(self.classifier, images[new])
+        """Look at one batch: clean margins."""
+        self._measurement.look(*images_and_labels(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Measure round after round, choose alpha, log, and write."""
-        table = self._finish(HELD_OUT, self.trainer.val_dataloaders)
+        loader = only_loader(self.trainer.val_dataloaders)
+        table = self._finish(HELD_OUT, loader)
         self.chosen_alpha = self._selection.choice(table)
         self.reason = self._selection.reason(table)
         self._log_exactly("chosen_alpha", self.chosen_alpha)
@@ -287,8 +280,7 @@ class AlphaSweep(LightningModule):
         _log.log(logging.WARNING if unsafe else logging.INFO, "%s", self.reason)
         if operators(self.classifier):
             set_alpha(self.classifier, self.chosen_alpha)
-            self._describe_sites()
-        self._write()
+        self._write(about_sites(self, self._measurement, loader))
 
     # ---------------------------------------------------------------------- test images: report
 
@@ -317,7 +309,7 @@ class AlphaSweep(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Attack at the alphas that are reported, check the evaluation, log, and write."""
-        self._finish(TEST, self.trainer.test_dataloaders)
+        self._finish(TEST, only_loader(self.trainer.test_dataloaders))
         self._write()
 
     # ----------------------------------------------------------------------------- what both do
@@ -325,12 +317,17 @@ class AlphaSweep(LightningModule):
     def _begin(self, split: str, loader: Any, counts: Sequence[float]) -> tuple[Samples, Journal]:
         """Compare the output with what is asked for, and calibrate, before anything is measured."""
         only = only_loader(loader)
-        samples = dealt(batch_indices(only)[: int(counts[0])], self.device)
+        batches = batch_indices(only)[: int(counts[0])]
+        self.together.meet()  # before talk in which a failure of one would not be heard
+        samples = dealt(batches, self.device)
         dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
         self.together.ending.callback(journal.release)
         configuration = {} if dry else facts.configuration(self, split, only, samples)
-        with self.together.first_process_first():  # all have read before one writes
+        self.together.meet()
+        journal.agree(configuration, self.device)
+        self.together.meet()  # nothing is written before
+        if journal.rank == 0:
             journal.open(configuration, split)
             undecided = self.chosen_alpha is None and "chosen_alpha" not in journal.metadata
             if split == TEST and self.test_alphas == "chosen" and undecided:
@@ -339,11 +336,13 @@ class AlphaSweep(LightningModule):
                     "or set test_alphas='all' to measure every alpha without a choice"
                 )
             journal.hold(configuration, split)
+            journal.begin(self.notes)
+        self.together.meet()
+        journal.share(self.device)
         known = journal.metadata
         self.rounds = {**known.get("rounds", {}), **self.rounds}
         if self.chosen_alpha is None and "chosen_alpha" in known:
             self.chosen_alpha, self.reason = known["chosen_alpha"], known["select"]["reason"]
-        journal.begin(self.notes)
         self.together.kept_in = journal.folder
         # Tensors made under inference mode could never be differentiated again.
         with torch.inference_mode(False), torch.no_grad():
@@ -357,10 +356,10 @@ class AlphaSweep(LightningModule):
         journal.about = self.metadata()
         return samples, journal
 
-    def _finish(self, split: str, loader: Any) -> pa.Table:
+    def _finish(self, split: str, loader: DataLoader[Any]) -> pa.Table:
         """Carry out the rounds, and log what all of them say."""
         run = self._measurement
-        table = self._records[split] = run.complete(only_loader(loader))
+        table = self._records[split] = run.complete(loader)
         self.rounds[split] = facts.about_rounds(self, run.rounds)
         for round in run.rounds:
             summaries = summarize(table, split=split, round=round.name)
@@ -374,20 +373,8 @@ class AlphaSweep(LightningModule):
         # All ranks hold the same merged number; the largest of equals is it, a mean may round.
         self.log(name, value, sync_dist=True, reduce_fx="max")
 
-    def _describe_sites(self) -> None:
-        """Shares replaced on all held-out images; one channel's histogram on some of them."""
-        if self._occupancy is None:
-            return
-        self._occupancy.reduce(partial(summed, device=self.device))
-        shown = self.chosen_alpha or self.alphas[len(self.alphas) // 2]
-        histogram = None
-        if shown and self.trainer.is_global_zero:
-            images = first_images(self.trainer.val_dataloaders, self.device)
-            histogram = self._occupancy.histogram(self.classifier, images, shown)
-        self._sites = self._occupancy.content(histogram)
-
-    def _write(self) -> None:
-        write_results(self, self._measurement, self._sites)
+    def _write(self, sites: dict[str, Any] | None = None) -> None:
+        write_results(self, self._measurement, sites)
         self.together.meet()
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +70,6 @@ class Together(Callback):
         """Raise if another process has failed; may be called often."""
         if self._meeting is not None:
             self._meeting.listen()
-
-    @contextlib.contextmanager
-    def first_process_first(self) -> Iterator[None]:
-        """Let the others in when the first process is through, and nobody on before all are."""
-        first = self.sweep.trainer.is_global_zero
-        if not first:
-            self.meet()
-        yield
-        if first:
-            self.meet()
-        self.meet()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the meeting.

@@ -123,7 +123,9 @@ def _balance() -> dict[str, Any]:
         for ranks in (2, 4, 8):
             part = Round(MAIN, (0.0,), (), stop=n)
             by_margin = [
-                torch.cat(Samples([order], order, rank, ranks).hand(part, margins)).tolist()
+                torch.cat(
+                    Samples([order] * ranks, order, rank, len(order)).hand(part, margins)
+                ).tolist()
                 for rank in range(ranks)
             ]
             by_turns = [order[:n][rank::ranks].tolist() for rank in range(ranks)]
