@@ -104,10 +104,28 @@ def dead_storage() -> None:
     ImagePart.__getitems__ = hang  # type: ignore[method-assign]
 
 
+def own_disk() -> None:
+    """The output of the second process is on a disk of its own."""
+    from lightning_meansparse.tasks import sweep
+
+    make = sweep.Journal
+    sweep.Journal = lambda folder, rank: make(folder / "own" if rank else folder, rank)  # type: ignore[misc,assignment]
+
+
+def other_images() -> None:
+    """What the second process has under the name of the data is not what the first has."""
+    from lightning_meansparse.data import module
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        module.fingerprint_of = lambda parts: "another"
+
+
 INSIDE: dict[str, Callable[[], None]] = {
     "memory": out_of_memory,
     "logger": failing_logger,
     "storage": dead_storage,
+    "disk": own_disk,
+    "images": other_images,
 }
 
 
@@ -434,7 +452,12 @@ def inputs(bench: Bench) -> None:
             options = {"model__model": "checkpoint"}
         job = Job(folder, **options)
         bench.note(name, job, job.ended(), resumed=None)
-    for name, fault in (("CUDA out of memory", "memory"), ("a logger that raises", "logger")):
+    for name, fault in (
+        ("CUDA out of memory", "memory"),
+        ("a logger that raises", "logger"),
+        ("an output that is not the same folder for both", "disk"),
+        ("other images for one of them", "images"),
+    ):
         job = bench.job(FAULT=fault)
         seconds = job.ended()
         whole = bench.records(job.folder) == bench.expected
