@@ -55,7 +55,7 @@ class RobustAccuracy(Metric):
         eps: Radius of the ball in pixel units; a number or a fraction such as ``"8/255"``.
         norm: ``"Linf"`` or ``"L2"``.
         seed: Seed of all attacks.
-        batch_size: Samples per forward pass of an attack.
+        batch_size: Samples per forward pass of an attack, see `evaluate`.
         kwargs: Arguments of `Metric`.
 
     Attributes:
@@ -96,7 +96,7 @@ class RobustAccuracy(Metric):
         eps: float | str,
         norm: str = "Linf",
         seed: int = 0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

@@ -14,6 +14,12 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+_AT_ONCE = 256
+
+_IN_CACHES = 64
+"""What a CPU works on at a time: of 256 images the tensors leave its caches."""
+
+
 class Batches:
     """Parts of so many samples; of half as many from where the memory has run out.
 
@@ -21,18 +27,20 @@ class Batches:
     other libraries, which draw per batch).
 
     Args:
-        size: Samples per part.
+        size: Samples per part; None for as many as suit the device.
+        device: Where they are worked on.
 
     Attributes:
         size: The same, as far as the memory goes.
 
     Examples:
-        >>> [found for _, found in Batches(2).of(torch.arange(5), lambda rows: rows.tolist())]
+        >>> parts = Batches(2, torch.device("cpu")).of(torch.arange(5), lambda rows: rows.tolist())
+        >>> [found for _, found in parts]
         [[0, 1], [2, 3], [4]]
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int | None, device: torch.device) -> None:
+        self.size = (_IN_CACHES if device.type == "cpu" else _AT_ONCE) if size is None else size
 
     def of(self, rows: Tensor, work: Callable[[Tensor], _T]) -> Iterator[tuple[Tensor, _T]]:
         """Yield parts of ``rows`` with what ``work`` made of them.

@@ -63,7 +63,7 @@ class Measurement:
         self.rounds: list[Round] = []
         self.table = SCHEMA.empty_table()
         self._margins: list[Tensor] = []  # one per batch of this process
-        self._at_once = 256  # images per forward pass; fewer once the memory has run out
+        self._at_once: int | None = None  # images per forward pass, once that is known
         self._next = self._first_unknown()
         self.fresh = self._next is not None
         if not self.fresh and journal.rank == 0:
