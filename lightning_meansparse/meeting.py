@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -22,6 +23,16 @@ _SPEAK_FOR = 3.0  # seconds; the process that told may take the store with it wh
 
 class PeerError(ConnectionError):
     """Another process of the job has failed, so this one cannot go on either."""
+
+
+class Peers(Protocol):
+    """The other processes of a job, to hear of and to wait for."""
+
+    def listen(self) -> None:
+        """Raise if one of them has failed; may be called often."""
+
+    def meet(self) -> None:
+        """Wait for all of them; raise if one has failed or ended."""
 
 
 class Meeting:

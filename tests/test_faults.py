@@ -33,7 +33,7 @@ from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.records import read_records
 from lightning_meansparse.sites import find_sites
 from lightning_meansparse.surgery import alpha_set, calibrate_, operators, restore_, sparsify_
-from lightning_meansparse.tasks import files, journal, measuring, together
+from lightning_meansparse.tasks import calibration, files, journal, measuring, together
 from lightning_meansparse.tasks import sweep as room
 from lightning_meansparse.tasks.measuring import Measurement
 
@@ -511,6 +511,30 @@ def test_activations_that_are_not_finite_are_named_by_all(tmp_path: Path) -> Non
             in each.text
         )
     assert list(ranks.contents(folder)) == ["sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "told"),
+    [
+        (partial(here, signal.SIGKILL), -9, "PeerError: another process has ended without a word"),
+        (partial(here, signal.SIGINT), 1, "PeerError: process 1 of 2 was told to stop"),
+    ],
+    ids=["kill", "SIGINT"],
+)
+def test_what_ends_one_process_at_the_door_of_calibration_ends_all(
+    tmp_path: Path, whole: Any, act: Any, code: int, told: str
+) -> None:
+    def fault(rank: int) -> None:
+        counted = calibration.Counted
+        if rank == 1:
+            calibration.Counted = lambda batches: act() or counted(batches)
+
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    zero, one = ranks.run(folder, fault=fault, log=log)
+    assert (zero.code, one.code) == (1, code)
+    assert told in zero.text
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
 
 
 def test_constant_activations_have_an_empty_band() -> None:

@@ -7,6 +7,7 @@ operators by walking it.
 from lightning_meansparse.surgery.calibration import (
     IMAGE_KEYS,
     calibrate_,
+    calibrate_among,
     evaluating,
     images_in,
     share_buffers,
@@ -26,6 +27,7 @@ __all__ = [
     "alphas",
     "backward_rule",
     "calibrate_",
+    "calibrate_among",
     "evaluating",
     "images_in",
     "operators",

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_meansparse.layer import MeanSparse
-from lightning_meansparse.meeting import Meeting
+from lightning_meansparse.meeting import Meeting, Peers
 from lightning_meansparse.moments import ChannelMoments, Statistics
 from lightning_meansparse.surgery.insertion import operators, shorten
 from lightning_meansparse.surgery.wrapped import speechless
@@ -63,33 +63,53 @@ def calibrate_(
         >>> sparsify_(model, find_sites(model, torch.rand(1, 3, 8, 8)), alpha=0.2)
         >>> calibrate_(model, [torch.rand(16, 3, 8, 8) for _ in range(4)])
     """
-    found = operators(model)
-    if not found:
+    if not operators(model):
         raise RuntimeError(
             "model has no MeanSparse operators to calibrate. Call sparsify_(model, sites) first."
         )
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be None or at least 1, got {max_batches}.")
+    if progress:
+        length = len(batches) if isinstance(batches, Sized) else max_batches
+        total = length if max_batches is None or length is None else min(length, max_batches)
+        batches = track(batches, description="Calibrating", total=total)
+    with Meeting().telling() as peers:
+        calibrate_among(peers, model, islice(batches, max_batches), statistics=statistics)
+
+
+def calibrate_among(
+    peers: Peers, model: nn.Module, batches: Iterable[Any], *, statistics: Statistics
+) -> None:
+    """Do the same among processes that have a meeting already, which hears of any that fails.
+
+    Args:
+        peers: The other processes; whoever opened the meeting tells them of an exception here.
+        model: As for `calibrate_`, with operators.
+        batches: As for `calibrate_`.
+        statistics: As for `calibrate_`.
+
+    Raises:
+        RuntimeError: As `calibrate_`.
+        ValueError: As `calibrate_`.
+        ConnectionError: As `calibrate_`.
+    """
+    found = operators(model)
     moments = {
         name: ChannelMoments(tuple(op.mean.shape), statistics=statistics, device=op.mean.device)
         for name, op in found.items()
     }
     device = next(iter(found.values())).mean.device
-    if progress:
-        length = len(batches) if isinstance(batches, Sized) else max_batches
-        total = length if max_batches is None or length is None else min(length, max_batches)
-        batches = track(batches, description="Calibrating", total=total)
     with (
-        Meeting().telling() as meeting,
         torch.no_grad(),
         evaluating(model),
         speechless(model) as alone,
         torch.compiler.set_stance("force_eager"),
         _observing(found, moments),
     ):
-        for batch in islice(batches, max_batches):
-            meeting.listen()
+        for batch in batches:
+            peers.listen()
             alone(images_in(batch).to(device))
+    peers.meet()
     for each in moments.values():
         each.reduce()
     unseen = [name for name, each in moments.items() if each.count == 0]

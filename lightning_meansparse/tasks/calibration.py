@@ -17,7 +17,7 @@ from lightning_meansparse.callback.batches import Counted, calibration_data, cal
 from lightning_meansparse.classifier import Classifier
 from lightning_meansparse.sites import Site, find_sites
 from lightning_meansparse.surgery import (
-    calibrate_,
+    calibrate_among,
     evaluating,
     images_in,
     operators,
@@ -74,10 +74,9 @@ def calibrated(sweep: AlphaSweep, measured: Path | None) -> dict[str, Any] | Non
         sites = _sites(classifier, images, sweep.where, strict=sweep.strict)
         sparsify_(classifier.model, sites, center=sweep.center)
     _log.info("calibrating %d sites on %s", len(operators(classifier)), data.origin)
-    sweep.together.meet()  # calibrating begins with a collective that hears nothing
     counted = Counted(sweep.progress.through(data.batches(), "calibrating"))
     try:
-        calibrate_(classifier, counted, statistics=sweep.statistics)
+        calibrate_among(sweep.together, classifier, counted, statistics=sweep.statistics)
     except BaseException:
         restore_(classifier)  # operators without statistics would pass for a sparsified model
         raise
