@@ -15,6 +15,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 _FAILED, _HEARD = "failed", "heard"
+_GONE = "the first process has ended without a word"
 _FOREVER = timedelta(days=365)
 _START = timedelta(minutes=10)  # for a process that is still reading its data
 _LISTEN_EVERY = 1.0  # seconds; what others hear a second later they hear soon enough
@@ -23,6 +24,19 @@ _SPEAK_FOR = 3.0  # seconds; the process that told may take the store with it wh
 
 class PeerError(ConnectionError):
     """Another process of the job has failed, so this one cannot go on either."""
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Say of talk among processes that breaks off what that means.
+
+    Raises:
+        PeerError: In place of what the backend says of its connections.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError("another process has ended or failed; its own output says why") from error
 
 
 class Peers(Protocol):
@@ -96,10 +110,15 @@ class Meeting:
             self._heard = now
             self._raise_if_told()
 
-    def tell(self, error: BaseException) -> None:
-        """Let the others know that this process has failed; the first of several is heard."""
+    def tell(self, error: BaseException) -> str | None:
+        """Let the others know that this process has failed; the first of several is heard.
+
+        Returns:
+            What another one has told before, or None. If `error` is a collective that broke off,
+            this is why.
+        """
         if self._group is None:
-            return
+            return None
         text = f"process {dist.get_rank()} of {dist.get_world_size()} "
         if isinstance(error, PeerError):
             text = str(error)
@@ -107,17 +126,21 @@ class Meeting:
             text += f"has failed: {type(error).__name__}: {error}"
         else:
             text += "was told to stop"
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who could hear
-            first = self._store.compare_set(_FAILED, "", text).decode() == text
-            if not first:
+        try:
+            told: str = self._store.compare_set(_FAILED, "", text).decode()
+            if told != text:
                 self._store.add(_HEARD, 1)
-            if not first or isinstance(error, PeerError):
-                return
+                return told
+            if isinstance(error, PeerError):
+                return None
             silence = time.monotonic() + _SPEAK_FOR
             while self._store.add(_HEARD, 0) < dist.get_world_size() - 1:
                 if time.monotonic() > silence:
                     break
                 time.sleep(0.02)
+        except RuntimeError:  # the store is gone, and with it who could hear
+            return _GONE
+        return None
 
     def close(self) -> None:
         """Take the group down; only after all have met."""
@@ -143,7 +166,7 @@ class Meeting:
             told = self._store.get(_FAILED).decode()
             self._store.add(_HEARD, 1)
         except RuntimeError as error:
-            raise PeerError("the first process has ended without a word") from error
+            raise PeerError(_GONE) from error
         raise PeerError(told)
 
 

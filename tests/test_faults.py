@@ -192,6 +192,31 @@ def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_p
     assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
 
 
+@pytest.mark.parametrize(
+    ("act", "code", "told"),
+    [
+        (fail, 1, "process 1 of 2 has failed: OSError: the weather"),
+        (partial(here, signal.SIGKILL), -9, "another process has ended or failed; its own output"),
+    ],
+    ids=["exception", "kill"],
+)
+def test_talk_that_breaks_off_says_why(
+    tmp_path: Path, whole: Any, act: Any, code: int, told: str
+) -> None:
+    def fault(rank: int) -> None:
+        meeting._SPEAK_FOR = 0.2
+        if rank == 1:
+            measuring.merged_table = lambda table, device: act()
+
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    zero, one = ranks.run(folder, fault=fault, log=log)
+    assert (zero.code, one.code) == (1, code)
+    assert "meansparse.meeting.PeerError: another process has ended or failed" in zero.text
+    assert told in zero.text
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
 def busy(rank: int) -> None:
     """One process fails in its pass over clean images; those of the other do not end."""
     look = Measurement.look

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_meansparse.layer import MeanSparse
-from lightning_meansparse.meeting import Meeting, Peers
+from lightning_meansparse.meeting import Meeting, Peers, collective
 from lightning_meansparse.moments import ChannelMoments, Statistics
 from lightning_meansparse.surgery.insertion import operators, shorten
 from lightning_meansparse.surgery.wrapped import speechless
@@ -110,8 +110,9 @@ def calibrate_among(
             peers.listen()
             alone(images_in(batch).to(device))
     peers.meet()
-    for each in moments.values():
-        each.reduce()
+    with collective():
+        for each in moments.values():
+            each.reduce()
     unseen = [name for name, each in moments.items() if each.count == 0]
     if len(unseen) == len(moments):
         raise ValueError("batches must give at least one image, got none.")

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_meansparse.meeting import collective
+
 
 def merged_table(table: pa.Table, device: torch.device) -> pa.Table:
     """Return the rows of all ranks on every rank, in the order of the ranks.
@@ -30,12 +32,14 @@ def shared(content: bytes, device: torch.device) -> bytes:
     if not _several():
         return content
     size = torch.tensor([len(content)], device=device)
-    dist.broadcast(size, 0)
+    with collective():
+        dist.broadcast(size, 0)
     if dist.get_rank() == 0:
         values = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
     else:
         values = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(values, 0)
+    with collective():
+        dist.broadcast(values, 0)
     return values.cpu().numpy().tobytes()
 
 
@@ -63,7 +67,8 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
     if not _several():
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    with collective():
+        dist.all_gather(parts, tensor.contiguous())
     return parts
 
 

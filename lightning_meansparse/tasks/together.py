@@ -97,8 +97,8 @@ class Together(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Tell the others, and give back what was taken."""
-        if self._meeting is not None:
-            self._meeting.tell(exception)
+        if self._meeting is not None and (told := self._meeting.tell(exception)):
+            _log.warning("%s", told)
         self._meeting = None  # and not closed: who has left without a word is still awaited there
         self.ending.close()
         if self.kept_in is not None and trainer.is_global_zero:
