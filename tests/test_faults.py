@@ -338,6 +338,14 @@ def test_what_could_not_be_written_is_said_once(tmp_path: Path) -> None:
     assert str(raised.value).count("cannot be written to") == 1
 
 
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    part = tmp_path / "parts" / "held-out-main-00000007.parquet"
+    part.mkdir(parents=True)
+    told = rf"cannot be written to any more: Is a directory: '{part}'\. All"
+    with pytest.raises(OSError, match=told), files.writing(tmp_path):
+        files.write_file(b"rows", part)
+
+
 def read_only(rank: int) -> None:
     if rank == 1:
         files.check_folder = journal.check_folder = partial(refused, files.check_folder)

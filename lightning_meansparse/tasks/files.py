@@ -69,7 +69,9 @@ def writing(folder: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
-        what = os.strerror(error.errno) if error.errno else str(error)
+        what = os.strerror(error.errno) if error.errno else str(error).removesuffix(".")
+        if name := error.filename2 or error.filename:  # one that is in the way, perhaps
+            what += f": {str(name)!r}"
         raise WriteError(
             f"output {str(folder)!r} cannot be written to any more: {what}. All that was written "
             "before is whole: put that right, and the same command goes on from there."
