@@ -142,7 +142,8 @@ def interrupted(folder, monkeypatch, *, batches, run=run, **options):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut short", "of another sweep", "under another name", "of samples twice"]
+    "damage",
+    ["cut short", "of another sweep", "under another name", "of samples twice", "of fewer rows"],
 )
 def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch, caplog, damage):
     interrupted(tmp_path / "sweep", monkeypatch, batches=2)
@@ -151,6 +152,9 @@ def test_a_part_that_is_not_ours_is_measured_again(tmp_path, whole, monkeypatch,
         rows, metadata = read_records(second)
         second, first = first, first.with_name(first.name.replace(first.stem[-8:], "9" * 8))
         write_records(rows, first, {**metadata, "part": first.name})
+    elif damage == "of fewer rows":
+        rows, metadata = read_records(first)
+        write_records(rows.slice(1), first, metadata)
     elif damage == "cut short":
         first.write_bytes(first.read_bytes()[:100])
     elif damage == "under another name":

@@ -215,6 +215,8 @@ class Journal:
                 samples = set(rows["index"].to_pylist())
                 if not ours or _alphas(rows) != round.alphas:
                     raise ValueError(f"{path} belongs to another sweep")
+                if len(rows) != len(samples) * len(round.alphas) * (1 + len(round.attacks)):
+                    raise ValueError(f"{path} has not one row per sample, alpha and attack")
                 if held & samples:
                     raise ValueError(f"{path} holds samples of another part")
                 held |= samples
