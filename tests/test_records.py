@@ -314,6 +314,9 @@ class TestTable:
             write_records(records, path, {"format_version": 99})
         with pytest.raises(ValueError, match="wrong or missing: margin"):
             write_records(records.drop_columns(["margin"]), path, {})
+        twice = records.append_column("margin", records["margin"])
+        with pytest.raises(ValueError, match="wrong or missing: margin"):
+            write_records(twice, path, {})
         with pytest.raises(ValueError, match="at least one"):
             write_records([], path, {})
         assert not path.exists()

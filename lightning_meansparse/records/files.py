@@ -192,7 +192,7 @@ def _check_columns(table: pa.Table, name: str) -> None:
     wrong = [
         field.name
         for field in SCHEMA
-        if field.name not in table.column_names
+        if table.schema.get_field_index(field.name) < 0  # also if there are two
         or table.schema.field(field.name).type != field.type
         or table.column(field.name).null_count
     ]
