@@ -241,6 +241,13 @@ def elsewhere(rank: int) -> None:
         ranks.sweep = lambda folder, **options: sweep_in(folder / "own disk", **options)
 
 
+def nowhere(rank: int) -> None:
+    if rank == 1:
+        sweep_in = ranks.sweep
+        kept = {"options": {"output": None}}
+        ranks.sweep = lambda folder, **options: sweep_in(folder, **options, **kept)
+
+
 def other_images(rank: int) -> None:
     if rank == 1:
         ranks.data = lambda **options: data(**{**options, "train": 121})
@@ -252,6 +259,7 @@ def other_images(rank: int) -> None:
         (busy, "OSError: the weather"),
         (dealing, "OSError: the weather"),
         (elsewhere, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
+        (nowhere, 'something else than process 0: output was "a folder", is "none". Give'),
         (other_images, "something else than process 0: data.held-out.fingerprint was"),
     ],
 )
@@ -265,6 +273,14 @@ def test_what_is_wrong_with_one_process_ends_all_before_a_round(
     assert not list(folder.rglob("*.tmp"))
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
     assert ranks.contents(folder) == whole
+
+
+def test_other_images_on_one_process_are_seen_without_an_output_too(tmp_path: Path) -> None:
+    nowhere = {"options": {"output": None}}
+    found = ranks.run(tmp_path, fault=other_images, log=tmp_path / "log", **nowhere)
+    assert [each.code for each in found] == [1, 1], found
+    told = "something else than process 0: data.held-out.fingerprint was"
+    assert all(told in each.text for each in found)
 
 
 def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(monkeypatch: Any) -> None:

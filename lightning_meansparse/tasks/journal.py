@@ -85,7 +85,9 @@ class Journal:
         Raises:
             ValueError: If it is something else than the first one is to measure.
         """
-        mine = json.dumps(configuration, allow_nan=False).encode()
+        output = "a folder" if self.folder else "none"
+        # What JSON cannot say matters only to a folder, which then refuses it.
+        mine = json.dumps({"output": output, **configuration}, default=_class).encode()
         first = shared(mine, device)
         if changes := list(_changes("", json.loads(first), json.loads(mine))):
             raise ValueError(
@@ -368,6 +370,10 @@ def _changes(name: str, old: Any, new: Any) -> Iterator[str]:
             yield from _changes(f"{name}[{title}]", before, after)
     elif old != new:
         yield f"{name} was {_short(old)}, is {_short(new)}"
+
+
+def _class(value: object) -> str:
+    return f"a {type(value).__name__}"
 
 
 def _titles(values: list[Any]) -> list[str]:

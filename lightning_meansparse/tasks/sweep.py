@@ -323,7 +323,7 @@ class AlphaSweep(LightningModule):
         dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
         self.together.ending.callback(journal.release)
-        configuration = {} if dry else facts.configuration(self, split, only, samples)
+        configuration = facts.configuration(self, split, only, samples)
         self.together.meet()
         journal.agree(configuration, self.device)
         self.together.meet()  # nothing is written before
