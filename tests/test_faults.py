@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lightning_meansparse import meeting
 from lightning_meansparse.attacks import BaseExamples, evaluate
+from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.data.images import ImagePart
 from lightning_meansparse.records import read_records
 from lightning_meansparse.sites import find_sites
@@ -190,6 +191,20 @@ def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_p
     zero, one = ranks.run(tmp_path / "sweep", fault=late, log=tmp_path / "log")
     assert (zero.code, one.code) == (1, -9)
     assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
+
+
+def test_sigterm_before_the_first_hook_ends_all(tmp_path: Path, whole: Any) -> None:
+    def early(rank: int) -> None:
+        load = ImageDataModule.val_dataloader
+        if rank == 0:
+            ImageDataModule.val_dataloader = lambda self: here(signal.SIGTERM) or load(self)
+
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    zero, one = ranks.run(folder, fault=early, log=log)
+    assert (zero.code, one.code) == (143, 1)
+    assert "SIGTERM: the sweep stops" in zero.text
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
 
 
 @pytest.mark.parametrize(

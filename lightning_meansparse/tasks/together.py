@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,10 @@ class Together(Callback):
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(_WHOLE.format(cut=f"{type(trainer.strategy).__name__} splits"))
         self._meeting, self._begun = Meeting(), False
+        # Lightning sets its handler of SIGTERM next, long before there is a hook to replace it.
+        if connector := getattr(trainer, "_signal_connector", None):
+            vars(connector)["_sigterm_notifier_fn"] = _stopper()
+            self.ending.callback(vars(connector).pop, "_sigterm_notifier_fn", None)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop at SIGTERM.
@@ -127,17 +132,16 @@ class Together(Callback):
         if sharded_modules(self.sweep):
             raise ValueError(_WHOLE.format(cut="fully_shard has split"))
         self._begun = True
-        _stop_at_sigterm()
+        if threading.current_thread() is threading.main_thread():  # Python lets no other
+            signal.signal(signal.SIGTERM, _stopper())
 
 
-def _stop_at_sigterm() -> None:
-    """End as after Ctrl-C, at once: files are there whole or not at all.
+def _stopper() -> Callable[[int, Any], None]:
+    """Make what ends this process at SIGTERM as after Ctrl-C: files are there whole or not at all.
 
     Lightning's own handler waits for the end of an epoch, after a broadcast inside the handler
     that hangs unless every process got the signal at the same place.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return  # Python lets only that one set a handler
     mine = os.getpid()
 
     def stop(number: int, frame: Any) -> None:
@@ -146,4 +150,4 @@ def _stop_at_sigterm() -> None:
         _log.warning("SIGTERM: the sweep stops")
         raise SystemExit(TERMINATED)
 
-    signal.signal(signal.SIGTERM, stop)
+    return stop
