@@ -193,6 +193,24 @@ def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_p
     assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
 
 
+class Leaving:
+    """Gets a signal while it is taken down, as the workers of a loader may."""
+
+    def __del__(self) -> None:
+        here(signal.SIGTERM)
+
+
+def test_sigterm_is_not_forgotten_where_python_ignores_exceptions(
+    tmp_path: Path, whole: Any
+) -> None:
+    folder, log = tmp_path / "sweep", tmp_path / "log"
+    zero, one = ranks.run(folder, fault=ranks.at_attack(1, 2, Leaving), log=log)
+    assert (zero.code, one.code) == (1, 143)
+    assert "process 1 of 2 was told to stop" in zero.text
+    assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
+    assert ranks.contents(folder) == whole
+
+
 def test_sigterm_before_the_first_hook_ends_all(tmp_path: Path, whole: Any) -> None:
     def early(rank: int) -> None:
         load = ImageDataModule.val_dataloader

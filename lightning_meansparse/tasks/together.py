@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +59,18 @@ class Together(Callback):
         self.ending = contextlib.ExitStack()
         self.kept_in: Path | None = None
         self._meeting: Meeting | None = None
-        self._begun = False
+        self._begun = self._stopped = False
+        self._process = 0
 
     def meet(self) -> None:
         """Wait for the other processes, however long it takes; raise if one has failed."""
+        self._stop_if_told()
         if self._meeting is not None:
             self._meeting.meet()
 
     def listen(self) -> None:
         """Raise if another process has failed; may be called often."""
+        self._stop_if_told()
         if self._meeting is not None:
             self._meeting.listen()
 
@@ -80,10 +82,11 @@ class Together(Callback):
         """
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(_WHOLE.format(cut=f"{type(trainer.strategy).__name__} splits"))
-        self._meeting, self._begun = Meeting(), False
+        self._meeting, self._begun, self._stopped = Meeting(), False, False
+        self._process = os.getpid()
         # Lightning sets its handler of SIGTERM next, long before there is a hook to replace it.
         if connector := getattr(trainer, "_signal_connector", None):
-            vars(connector)["_sigterm_notifier_fn"] = _stopper()
+            vars(connector)["_sigterm_notifier_fn"] = self._stop
             self.ending.callback(vars(connector).pop, "_sigterm_notifier_fn", None)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,21 +136,21 @@ class Together(Callback):
             raise ValueError(_WHOLE.format(cut="fully_shard has split"))
         self._begun = True
         if threading.current_thread() is threading.main_thread():  # Python lets no other
-            signal.signal(signal.SIGTERM, _stopper())
+            signal.signal(signal.SIGTERM, self._stop)
 
+    def _stop(self, number: int, frame: Any) -> None:
+        """End at SIGTERM as after Ctrl-C, at once: files are there whole or not at all.
 
-def _stopper() -> Callable[[int, Any], None]:
-    """Make what ends this process at SIGTERM as after Ctrl-C: files are there whole or not at all.
-
-    Lightning's own handler waits for the end of an epoch, after a broadcast inside the handler
-    that hangs unless every process got the signal at the same place.
-    """
-    mine = os.getpid()
-
-    def stop(number: int, frame: Any) -> None:
-        if os.getpid() != mine:  # a worker that was forked off, and is told to end
+        Lightning's own handler waits for the end of an epoch, after a broadcast inside the handler
+        that hangs unless every process got the signal at the same place.
+        """
+        if os.getpid() != self._process:  # a worker that was forked off, and is told to end
             os._exit(TERMINATED)
         _log.warning("SIGTERM: the sweep stops")
-        raise SystemExit(TERMINATED)
+        self._stopped = True
+        self._stop_if_told()
 
-    return stop
+    def _stop_if_told(self) -> None:
+        # Once more, for Python forgets what is raised while it takes an object down.
+        if self._stopped:
+            raise SystemExit(TERMINATED)
