@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
 
@@ -69,12 +69,15 @@ class Meeting:
         self._heard = time.monotonic()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # A group of its own: Gloo sees at once that a peer has died, whatever the backend of
-            # the job, and may wait for as long as a slow one needs.
+            # the job, and may wait for as long as a slow one needs. To open it sees nothing yet.
             try:
+                if dist.get_backend() == "gloo":
+                    _wait(dist.barrier(async_op=True), lambda: None, _START)
                 group = dist.new_group(backend="gloo", timeout=_START)
             except RuntimeError as error:
                 raise PeerError(
-                    f"another process has ended, or has not begun within {_START.seconds:,} s"
+                    f"another process has ended, or has not begun within {_START.seconds:,} s; its "
+                    "own output says why"
                 ) from error
             assert isinstance(group, dist.ProcessGroup)  # with every process in it
             _set_timeout(_FOREVER, group)
@@ -88,13 +91,8 @@ class Meeting:
         """
         if self._group is None:
             return
-        arrived, pause = dist.barrier(self._group, async_op=True), 0.001
-        while not arrived.is_completed():
-            self.listen()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.2)
         try:
-            arrived.wait()
+            _wait(dist.barrier(self._group, async_op=True), self.listen, _FOREVER)
         except RuntimeError as error:
             self._raise_if_told()
             raise PeerError("another process has ended without a word") from error
@@ -168,6 +166,18 @@ class Meeting:
         except RuntimeError as error:
             raise PeerError(_GONE) from error
         raise PeerError(told)
+
+
+def _wait(arrived: dist.Work, listen: Callable[[], None], timeout: timedelta) -> None:
+    """Wait for a barrier, in pieces between which signals are handled."""
+    end, pause = time.monotonic() + timeout.total_seconds(), 0.001
+    while not arrived.is_completed():
+        listen()
+        if time.monotonic() > end:
+            raise RuntimeError("the barrier has timed out")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+    arrived.wait()
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:

@@ -182,15 +182,33 @@ def test_what_ends_one_process_ends_all(
     assert ranks.contents(folder) == whole
 
 
-def test_a_process_that_dies_before_the_meeting_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    def late(rank: int) -> None:
-        meeting._START = timedelta(seconds=3)
+NOT_THERE = "PeerError: another process has ended, or has not begun within"
+
+
+@pytest.mark.parametrize(("act", "code"), [(partial(here, signal.SIGKILL), -9), (fail, 1)])
+def test_a_process_that_ends_before_the_meeting_is_not_waited_for(
+    tmp_path: Path, whole: Any, act: Any, code: int
+) -> None:
+    def early(rank: int) -> None:
         if rank == 1:
-            together.Meeting = partial(here, signal.SIGKILL)
+            ImageDataModule.setup = lambda self, stage: act()
+
+    zero, one = ranks.run(tmp_path / "sweep", fault=early, log=tmp_path / "log")
+    assert (zero.code, one.code) == (1, code)
+    assert NOT_THERE in zero.text
+
+
+def test_a_process_that_does_not_come_to_the_meeting_is_not_waited_for_for_ever(
+    tmp_path: Path, whole: Any
+) -> None:
+    def late(rank: int) -> None:
+        meeting._START = timedelta(seconds=1)
+        if rank == 1:
+            ImageDataModule.setup = lambda self, stage: time.sleep(2)
 
     zero, one = ranks.run(tmp_path / "sweep", fault=late, log=tmp_path / "log")
-    assert (zero.code, one.code) == (1, -9)
-    assert "PeerError: another process has ended, or has not begun within 3 s" in zero.text
+    assert (zero.code, one.code) == (1, 1)
+    assert f"{NOT_THERE} 1 s" in zero.text
 
 
 class Leaving:
