@@ -126,3 +126,14 @@ def test_the_shown_channel_is_the_one_nearest_the_median(sparsified):
     nearest = (shares - shares.median()).abs()
     assert nearest[channel] == nearest.min()
     assert channel == int(nearest.argmin())
+
+
+def test_nothing_is_counted_that_nobody_keeps(trained, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Occupancy, "update", lambda self, *args: counted.append(args))
+    trainer().validate(sweep_of(trained, attacks=FGSM), data(), verbose=False)
+    assert not counted
+    monkeypatch.undo()
+    kept = sweep_of(trained, attacks=FGSM, output=tmp_path / "sweep")
+    trainer().validate(kept, data(), verbose=False)
+    assert json.loads((tmp_path / "sweep" / "sites.json").read_text())["images"] > 0

@@ -54,7 +54,7 @@ def judged(sweep: AlphaSweep) -> AlphaSummary | None:
 def about_sites(
     sweep: AlphaSweep, run: Measurement, loader: DataLoader[Any]
 ) -> dict[str, Any] | None:
-    """Return what the operators do to the values of some images, or None for nothing new.
+    """Return what the operators do to the values of some images, or None for nothing to write.
 
     Args:
         sweep: The sweep; all its processes call this.
@@ -62,7 +62,7 @@ def about_sites(
         loader: The trainer's.
     """
     classifier = sweep.classifier
-    if not (run.fresh and operators(classifier)):
+    if run.journal.folder is None or not (run.fresh and operators(classifier)):
         return None
     mine, merge = run.samples.first(ENOUGH), partial(summed, device=sweep.device)
     counted = Occupancy(classifier, sweep.alphas, rename=lambda name: name.removeprefix("model."))
@@ -82,7 +82,7 @@ def write_results(sweep: AlphaSweep, run: Measurement, sites: dict[str, Any] | N
     Args:
         sweep: The sweep.
         run: What was measured.
-        sites: What the operators do to the values, for sites.json; None for nothing new.
+        sites: What the operators do to the values, for sites.json; None leaves that as it is.
     """
     journal = run.journal
     if journal.folder is None or journal.rank:
