@@ -320,7 +320,7 @@ class AlphaSweep(LightningModule):
         batches = batch_indices(only)[: int(counts[0])]
         self.together.meet()  # before talk in which a failure of one would not be heard
         samples = dealt(batches, self.device)
-        dry = self.output is None or bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+        dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
         self.together.ending.callback(journal.release)
         configuration = facts.configuration(self, split, only, samples)
