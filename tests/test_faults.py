@@ -292,6 +292,18 @@ def elsewhere(rank: int) -> None:
         ranks.sweep = lambda folder, **options: sweep_in(folder / "own disk", **options)
 
 
+def forbidden(rank: int) -> None:
+    stat = os.stat
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if ".seen." in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    if rank == 1:
+        os.stat = refusing
+
+
 def nowhere(rank: int) -> None:
     if rank == 1:
         sweep_in = ranks.sweep
@@ -310,6 +322,7 @@ def other_images(rank: int) -> None:
         (busy, "OSError: the weather"),
         (dealing, "OSError: the weather"),
         (elsewhere, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
+        (forbidden, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
         (nowhere, 'something else than process 0: output was "a folder", is "none". Give'),
         (other_images, "something else than process 0: data.held-out.fingerprint was"),
     ],

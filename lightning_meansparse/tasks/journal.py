@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -179,7 +180,8 @@ class Journal:
         self.adapter = self.folder / ADAPTER if found["adapter"] else None
         self.records = shared_table(self.records, device)
         probe = self.folder / found["probe"]
-        blind = gathered(torch.tensor([int(not probe.exists())]), device)
+        # Not by its method, which raises where a folder may not be entered, while others wait.
+        blind = gathered(torch.tensor([int(not os.path.exists(probe))]), device)
         if self.rank == 0:
             probe.unlink(missing_ok=True)
         if any(blind):
