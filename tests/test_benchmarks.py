@@ -43,4 +43,4 @@ def test_the_page_of_many_gpus_says_what_was_measured_and_estimated() -> None:
     assert f"{found['throughput']['2']:.2f} times the throughput" in page
     sent = json.loads((DOCS / "records" / "network.json").read_text())
     assert f"{sent['bytes per calibration']:,} for the calibration" in page
-    assert f"{sent['bytes per sweep']:,} for a sweep" in page
+    assert f"{sent['bytes per sweep']:,} for the rest of a sweep" in page

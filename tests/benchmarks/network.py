@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.network --output docs/records/network.json
 
 Every collective that PyTorch offers by name is counted with the size of the tensor that it sends.
-The sweep is the same twice, once with an adapter and once with a calibration before it.
+The sweep writes a folder; its calibration is counted apart.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor
 
+from lightning_meansparse import tasks
 from lightning_meansparse.data import ImageDataModule
 from lightning_meansparse.tasks import AlphaSweep
-from tests.benchmarks.ranks import CHECKPOINT, RECORDS, arguments, trainer_of
+from lightning_meansparse.tasks.calibration import calibrated
+from tests.benchmarks.ranks import CHECKPOINT, arguments, trainer_of
 from tests.benchmarks.speed.timing import machine
 
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "all_to_all")
@@ -33,48 +36,54 @@ def main() -> None:
     """Count, print, and write JSON."""
     args = arguments(__doc__, n=100)
     with _counting() as sent, tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: _run(args, sent, Path(folder) / name, adapter)
-            for name, adapter in (("adapter", RECORDS / "adapter"), ("calibration", None))
-        }
+        counts = _run(args, sent, Path(folder))
     content = {
         "machine": machine("cpu"),
         "samples": args.n,
         "alphas": 2,
         "attacks": 4,
-        "bytes per sweep": runs["adapter"],
-        "bytes per calibration": runs["calibration"] - runs["adapter"],
+        **counts,
     }
     Console().print_json(data=content)
     if args.output:
         args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _run(args: argparse.Namespace, sent: list[int], folder: Path, adapter: Path | None) -> int:
-    folder.mkdir()
-    trainer = trainer_of(2, callbacks=[_Tell(sent, folder)])
+def _run(args: argparse.Namespace, sent: list[int], folder: Path) -> dict[str, int]:
+    tell = _Tell(sent, folder / "counts.json")
+    trainer = trainer_of(2, callbacks=[tell])
     sweep = AlphaSweep(
         CHECKPOINT,
         alphas=[0.2],
         attacks=["fgsm", "pgd", "apgd-ce", {"attack": "adaptive-ce", "options": {"steps": 5}}],
         eps=0.1,
-        adapter=adapter,
         calibration_batches=4,
+        output=folder / "sweep",
     )
-    trainer.validate(
-        sweep, ImageDataModule(args.data, batch_size=25, holdout=args.n), verbose=False
-    )
-    return int((folder / "sent").read_text())
+    data = ImageDataModule(args.data, batch_size=25, holdout=args.n)
+    with patch.object(tasks.sweep, "calibrated", tell.calibrated):
+        trainer.validate(sweep, data, verbose=False)
+    counts: dict[str, int] = json.loads(tell.path.read_text())
+    return counts
 
 
 class _Tell(Callback):
-    def __init__(self, sent: list[int], folder: Path) -> None:
+    def __init__(self, sent: list[int], path: Path) -> None:
         self.sent = sent
-        self.folder = folder
+        self.path = path
+        self.calibration = 0
+
+    def calibrated(self, *args: Any) -> Any:
+        before = sum(self.sent)
+        found = calibrated(*args)
+        self.calibration = sum(self.sent) - before
+        return found
 
     def on_validation_end(self, trainer: Trainer, pl_module: object) -> None:
         if trainer.is_global_zero:
-            (self.folder / "sent").write_text(str(sum(self.sent)))
+            rest = sum(self.sent) - self.calibration
+            counts = {"bytes per sweep": rest, "bytes per calibration": self.calibration}
+            self.path.write_text(json.dumps(counts))
 
 
 @contextmanager
