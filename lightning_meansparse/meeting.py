@@ -69,7 +69,7 @@ class Meeting:
         self._heard = time.monotonic()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             # A group of its own: Gloo sees at once that a peer has died, whatever the backend of
-            # the job, and may wait for as long as a slow one needs. To open it sees nothing yet.
+            # the job, and may wait for as long as a slow one needs. Opening it would see nothing.
             try:
                 if dist.get_backend() == "gloo":
                     _wait(dist.barrier(async_op=True), lambda: None, _START)

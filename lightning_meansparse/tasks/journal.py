@@ -52,7 +52,7 @@ _TEMPORARY = re.compile(
 
 
 class Journal:
-    """The folder of one sweep. All processes must see the same one; the first reads for all.
+    """The folder of one sweep. All processes must see the same one; the first reads rows for all.
 
     Args:
         folder: The sweep's output; None keeps nothing and knows nothing.
@@ -150,7 +150,7 @@ class Journal:
             self._lock.release()
 
     def begin(self, notes: Mapping[str, Any]) -> None:
-        """Write what is measured, with notes that decide nothing."""
+        """Write what is measured, with notes that decide nothing, and a file to look for."""
         if self.folder is not None:
             content = {"format_version": FORMAT_VERSION, "notes": dict(notes)}
             self._probe = f".seen.{secrets.randbelow(10**12)}.tmp"
