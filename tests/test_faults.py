@@ -37,6 +37,7 @@ from lightning_meansparse.surgery import alpha_set, calibrate_, operators, resto
 from lightning_meansparse.tasks import calibration, files, journal, measuring, together
 from lightning_meansparse.tasks import sweep as room
 from lightning_meansparse.tasks.measuring import Measurement
+from lightning_meansparse.tasks.occupancy import Occupancy
 
 # ---------------------------------------------------------------------------------------- memory
 
@@ -347,7 +348,9 @@ def test_other_images_on_one_process_are_seen_without_an_output_too(tmp_path: Pa
     assert all(told in each.text for each in found)
 
 
-def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(monkeypatch: Any) -> None:
+def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     told = []
     monkeypatch.setattr(together.Together, "listen", lambda self: told.append("listened"))
     evaluated = measuring.evaluate
@@ -357,9 +360,12 @@ def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(monkeypat
         return evaluated(*args, **options)
 
     monkeypatch.setattr(measuring, "evaluate", deaf)
-    sweep = sweep_of(alphas=[0.3], select="clean_budget")
+    monkeypatch.setattr(Occupancy, "update", lambda self, *batch: told.append("evaluated"))
+    monkeypatch.setattr(Occupancy, "content", lambda self, histogram: {})
+    monkeypatch.setattr(Occupancy, "histogram", lambda *args: None)
+    sweep = sweep_of(alphas=[0.3], select="clean_budget", output=tmp_path)
     trainer().validate(sweep, data(holdout=40, batch_size=8), verbose=False)
-    assert told.count("evaluated") == 5 * (1 + 2), "looked at, then at two alphas"
+    assert told.count("evaluated") == 5 * (1 + 2 + 1), "looked at, at two alphas, and counted"
     before = [told[place - 1] for place, what in enumerate(told) if what == "evaluated"]
     assert set(before) == {"listened"}
 
