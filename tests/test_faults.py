@@ -318,24 +318,25 @@ def other_images(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "told", "written"),
     [
-        (busy, "OSError: the weather"),
-        (dealing, "OSError: the weather"),
-        (elsewhere, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
-        (forbidden, "what process 0 writes there cannot be seen by 1. Name one on a file system"),
-        (nowhere, 'something else than process 0: output was "a folder", is "none". Give'),
-        (other_images, "something else than process 0: data.held-out.fingerprint was"),
+        (busy, "OSError: the weather", True),
+        (dealing, "OSError: the weather", False),
+        (elsewhere, "what process 0 writes there cannot be seen by 1. Name one on", True),
+        (forbidden, "what process 0 writes there cannot be seen by 1. Name one on", True),
+        (nowhere, 'something else than process 0: output was "a folder", is "none"', False),
+        (other_images, "something else than process 0: data.held-out.fingerprint was", False),
     ],
 )
 def test_what_is_wrong_with_one_process_ends_all_before_a_round(
-    tmp_path: Path, whole: Any, fault: Any, told: str
+    tmp_path: Path, whole: Any, fault: Any, told: str, written: bool
 ) -> None:
     folder, log = tmp_path / "sweep", tmp_path / "log"
     found = ranks.run(folder, fault=fault, log=log)
     assert [each.code for each in found] == [1, 1], found
     assert all(told in each.text for each in found)
     assert not list(folder.rglob("*.tmp"))
+    assert folder.exists() == written
     assert [each.code for each in ranks.run(folder, log=log)] == [0, 0]
     assert ranks.contents(folder) == whole
 
