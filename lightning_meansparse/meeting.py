@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 _FAILED, _HEARD = "failed", "heard"
@@ -35,6 +36,8 @@ def collective() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerError("another process has ended or failed; its own output says why") from error
 

@@ -129,6 +129,11 @@ def test_a_single_image_that_does_not_fit_is_the_end() -> None:
         everything(trained_network(), 1)
 
 
+def test_a_full_device_is_not_taken_for_a_process_that_is_gone() -> None:
+    with pytest.raises(torch.OutOfMemoryError), meeting.collective():
+        raise torch.OutOfMemoryError
+
+
 # ------------------------------------------------------------------- one process of two has a fault
 
 

@@ -416,6 +416,13 @@ class TestTable:
         with pytest.raises(ValueError, match="batches of several sweeps"):
             read_records(tmp_path)
 
+    def test_a_part_without_rows_is_nothing(self, tmp_path: Path) -> None:
+        part = table({0.0: np.array([4])})
+        write_records(part, tmp_path / "parts" / "0.parquet", {"sweep": "a"})
+        write_records(part.slice(0, 0), tmp_path / "parts" / "1.parquet", {"sweep": "a"})
+        rows, metadata = read_records(tmp_path)
+        assert (len(rows), metadata["unfinished"]) == (len(part), 1)
+
     def test_every_column_is_explained(self) -> None:
         page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
         section = page.partition("\n## Records\n")[2].partition("A *round* is")[0]

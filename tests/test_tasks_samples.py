@@ -14,6 +14,7 @@ from torch.utils.data import (
 )
 
 from lightning_meansparse.tasks import samples as room
+from lightning_meansparse.tasks.ranks import summed
 from lightning_meansparse.tasks.samples import (
     batch_indices,
     dealt,
@@ -124,3 +125,8 @@ def test_the_one_loader_of_a_trainer():
         only_loader([loader, loader])
     with pytest.raises(TypeError, match="one DataLoader"):
         only_loader([])
+
+
+def test_a_sum_over_one_process_does_not_need_its_device():
+    counts = torch.ones(3, dtype=torch.float64)  # which Apple's GPUs do not know
+    assert summed(counts, torch.device("meta")) is counts

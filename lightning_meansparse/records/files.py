@@ -106,7 +106,7 @@ def _read_folder(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     done = pc.unique(table.column("split"))
     read = [_read_file(part) for part in parts]
     # A sweep killed just after a split was done has not removed its parts.
-    fresh = [(rows, told) for rows, told in read if rows["split"][0] not in done]
+    fresh = [(rows, told) for rows, told in read if len(rows) and rows["split"][0] not in done]
     if not fresh:
         return table, metadata
     if len({told.get("sweep") for _, told in fresh}) > 1:

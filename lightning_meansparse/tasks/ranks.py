@@ -59,6 +59,8 @@ def gathered(tensor: Tensor, device: torch.device) -> list[Tensor]:
 
 def summed(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the sum of a CPU tensor over ranks, on every rank."""
+    if not _several():
+        return tensor  # a device of one process alone may know no float64
     return torch.stack(_gathered(tensor.to(device))).sum(0).cpu()
 
 
