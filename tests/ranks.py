@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -92,6 +93,7 @@ def ended(processes: Sequence[Any], log: Path) -> list[Ended]:
 def _process(
     rank: int, world: int, port: int, folder: Path, fault: Fault | None, log: Path, options: Any
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     sys.stderr = sys.stdout = (log / f"{rank}.txt").open("w", buffering=1)
     warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders")
     handler = logging.StreamHandler(sys.stderr)
