@@ -207,10 +207,22 @@ def test_a_process_that_ends_before_the_meeting_is_not_waited_for(
 def test_a_process_that_does_not_come_to_the_meeting_is_not_waited_for_for_ever(
     tmp_path: Path, whole: Any
 ) -> None:
+    given_up = multiprocessing.get_context("fork").Event()
+
     def late(rank: int) -> None:
         meeting._START = timedelta(seconds=1)
         if rank == 1:
-            ImageDataModule.setup = lambda self, stage: time.sleep(2)
+            ImageDataModule.setup = lambda self, stage: given_up.wait()
+            return
+        opened = together.Meeting
+
+        def tried() -> meeting.Meeting:
+            try:
+                return opened()
+            finally:
+                given_up.set()
+
+        together.Meeting = tried
 
     zero, one = ranks.run(tmp_path / "sweep", fault=late, log=tmp_path / "log")
     assert (zero.code, one.code) == (1, 1)

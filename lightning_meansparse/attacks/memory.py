@@ -40,7 +40,9 @@ class Batches:
     """
 
     def __init__(self, size: int | None, device: torch.device) -> None:
-        self.size = (_IN_CACHES if device.type == "cpu" else _AT_ONCE) if size is None else size
+        if size is None:
+            size = _IN_CACHES if device.type == "cpu" else _AT_ONCE
+        self.size = size
 
     def of(self, rows: Tensor, work: Callable[[Tensor], _T]) -> Iterator[tuple[Tensor, _T]]:
         """Yield parts of ``rows`` with what ``work`` made of them.

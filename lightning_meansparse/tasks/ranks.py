@@ -34,11 +34,10 @@ def shared(content: bytes, device: torch.device) -> bytes:
     size = torch.tensor([len(content)], device=device)
     with collective():
         dist.broadcast(size, 0)
-    if dist.get_rank() == 0:
-        values = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
-    else:
-        values = torch.empty(int(size), dtype=torch.uint8, device=device)
-    with collective():
+        if dist.get_rank() == 0:
+            values = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
+        else:
+            values = torch.empty(int(size), dtype=torch.uint8, device=device)
         dist.broadcast(values, 0)
     return values.cpu().numpy().tobytes()
 

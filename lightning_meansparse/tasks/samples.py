@@ -47,7 +47,7 @@ class Samples:
         size: Of a batch.
     """
 
-    given: Sequence[Tensor]
+    given: list[Tensor]
     order: Tensor
     rank: int
     size: int
@@ -67,7 +67,7 @@ class Samples:
             values: Of the samples that the loader gives on this rank, `(m,)` float32.
             device: Where this rank's tensors are.
         """
-        numbers, found = torch.cat([*self.given]), torch.cat(gathered(values, device))
+        numbers, found = torch.cat(self.given), torch.cat(gathered(values, device))
         known = dict(zip(numbers.tolist(), found.tolist(), strict=True))
         return torch.tensor([known[number] for number in self.order.tolist()])
 

@@ -49,8 +49,9 @@ class Side:
 
     def run(self) -> None:
         # Forked off, so that no turn uses what an earlier one has left to the allocator.
-        here, there = multiprocessing.get_context("fork").Pipe()
-        process = multiprocessing.get_context("fork").Process(target=self._measure, args=(there,))
+        fork = multiprocessing.get_context("fork")
+        here, there = fork.Pipe()
+        process = fork.Process(target=self._measure, args=(there,))
         process.start()
         there.close()
         seconds, megabytes, standing = here.recv()
