@@ -387,6 +387,11 @@ def test_other_images_on_one_process_are_seen_without_an_output_too(tmp_path: Pa
     assert all(told in each.text for each in found)
 
 
+def test_one_process_without_an_output_has_nothing_to_compare_with(monkeypatch: Any) -> None:
+    monkeypatch.setattr(facts, "configuration", lambda *args: fail())
+    trainer().validate(sweep_of(attacks=FGSM), data(), verbose=False)
+
+
 def test_every_batch_hears_of_the_others_also_one_that_is_not_attacked(
     tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -323,7 +323,8 @@ class AlphaSweep(LightningModule):
         dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         journal = Journal(None if dry else self.output, self.trainer.global_rank)
         self.together.ending.callback(journal.release)
-        configuration = facts.configuration(self, split, only, samples)
+        alone = journal.folder is None and self.trainer.world_size == 1  # nothing to compare with
+        configuration = {} if alone else facts.configuration(self, split, only, samples)
         self.together.meet()
         journal.agree(configuration, self.device)
         self.together.meet()  # nothing is written before
